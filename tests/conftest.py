@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.ranks import RankPool
+
+
+@pytest.fixture(scope="session")
+def ranks1() -> Iterator[RankPool]:
+    """One real gloo rank in a process of its own, for code that initialises global process-group state."""
+    pool = RankPool(1)
+    yield pool
+    pool.stop()
+
+
+@pytest.fixture(scope="session")
+def ranks2() -> Iterator[RankPool]:
+    """Two real gloo ranks: ``ranks2.run(function, *args)`` returns the two results."""
+    pool = RankPool(2)
+    yield pool
+    pool.stop()
