@@ -1,1 +1,46 @@
-"""TODO"""
+"""Which device we run on: the only package that names cuda, npu or cpu.
+
+Everything else asks here: the device and its collective library, its memory, its random state, what it can
+profile, and how megatron-core is imported on it.
+"""
+
+from mindspeed_mm.accelerator.backend import default_backend, resolve_backend
+from mindspeed_mm.accelerator.device import (
+    device,
+    device_count,
+    device_type,
+    empty_cache,
+    has_float64,
+    is_cpu,
+    memory_stats,
+    peak_flops,
+    set_device,
+    synchronize,
+    wants_pinned_memory,
+)
+from mindspeed_mm.accelerator.megatron_core import load_megatron_core
+from mindspeed_mm.accelerator.profiling import memory_history, memory_snapshot, profiler_activities
+from mindspeed_mm.accelerator.rng import rng_state, seed_all, set_rng_state
+
+__all__ = [
+    "default_backend",
+    "device",
+    "device_count",
+    "device_type",
+    "empty_cache",
+    "has_float64",
+    "is_cpu",
+    "load_megatron_core",
+    "memory_history",
+    "memory_snapshot",
+    "memory_stats",
+    "peak_flops",
+    "profiler_activities",
+    "resolve_backend",
+    "rng_state",
+    "seed_all",
+    "set_device",
+    "set_rng_state",
+    "synchronize",
+    "wants_pinned_memory",
+]

@@ -1,0 +1,180 @@
+"""Endless iteration over a loader, with a position that can be saved and restored exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset
+
+from mindspeed_mm import accelerator
+from mindspeed_mm.errors import UserError
+
+
+class CyclicIterator:
+    """Iterates over ``loader`` epoch after epoch.
+
+    The position is (epoch, batches taken in it) and the random state at the epoch's start, from which a loader
+    draws its permutation. Restoring it draws the same permutation again and advances the loader's sampler, so no
+    sample is fetched twice and the batches that follow are the ones an uninterrupted run would have had. What
+    cannot be advanced (an iterable data set, a plain iterable) is replayed up to the position.
+
+    Random numbers drawn in ``__getitem__`` are reproduced without worker processes. With workers they are not:
+    derive them from the sample's index.
+
+    Args:
+        loader: a ``DataLoader`` or any iterable. It must be possible to iterate over it more than once unless it
+            holds enough batches for the whole run.
+        cyclic: start over at the end; otherwise end with ``StopIteration``.
+    """
+
+    def __init__(self, loader: Iterable[Any], cyclic: bool = True) -> None:
+        self.loader = loader
+        self.cyclic = cyclic
+        self._epoch = 0
+        self._batch = 0
+        self._start_state: dict[str, Any] | None = None  # random state when the current epoch was started
+        self._batches: Iterator[Any] | None = None
+
+    def __iter__(self) -> CyclicIterator:
+        return self
+
+    def __next__(self) -> Any:
+        if self._batches is None:
+            self._batches = self._open_epoch()
+        try:
+            batch = next(self._batches)
+        except StopIteration:
+            if not self.cyclic:
+                raise
+            if self._batch == 0:
+                raise UserError(
+                    f"The data loader ({type(self.loader).__name__}) gave no batch in epoch {self._epoch}: it is "
+                    "empty, drops its only incomplete batch, or cannot be iterated over a second time."
+                ) from None
+            self._epoch, self._batch, self._batches = self._epoch + 1, 0, None
+            return next(self)
+        self._batch += 1
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, in types that ``torch.load(weights_only=True)`` accepts."""
+        # After a restore that nothing followed, the loader was not opened yet: its start state still counts.
+        return {"epoch": self._epoch, "batch": self._batch, "start_state": self._start_state if self._batch else None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue at a saved position; takes effect with the next batch."""
+        self._epoch, self._batch, self._start_state = state["epoch"], state["batch"], state["start_state"]
+        self._batches = None
+
+    def seek(self, batches: int) -> None:
+        """Continue after ``batches`` batches from the very start, for a position saved at another world size.
+
+        Exact when the loader's order depends on (seed, epoch) only, as our samplers' does.
+        """
+        length = _length(self.loader)
+        epoch, batch = divmod(batches, length) if length else (0, batches)
+        self.load_state_dict({"epoch": epoch, "batch": batch, "start_state": None})
+
+    def _open_epoch(self) -> Iterator[Any]:
+        for target in (self.loader, *(getattr(self.loader, name, None) for name in ("batch_sampler", "sampler"))):
+            if callable(set_epoch := getattr(target, "set_epoch", None)):
+                set_epoch(self._epoch)
+        if self._batch == 0:
+            self._start_state = self._random_state()
+            return iter(self.loader)
+        now = self._random_state()
+        if self._start_state is not None:
+            self._set_random_state(self._start_state)
+        batches = _open_at(self.loader, self._batch)
+        if self._start_state is None:
+            self._start_state = now
+        else:
+            accelerator.set_rng_state(now["global"])
+        return batches
+
+    def _random_state(self) -> dict[str, Any]:
+        own = {name: g.get_state() for name, g in _generators(self.loader).items()}
+        return {"global": accelerator.rng_state(), "own": own}
+
+    def _set_random_state(self, state: dict[str, Any]) -> None:
+        accelerator.set_rng_state(state["global"])
+        for name, generator in _generators(self.loader).items():
+            generator.set_state(state["own"][name])
+
+
+class _StartAt:
+    """A sampler that leaves out the first ``skip`` entries the first time it is iterated over."""
+
+    def __init__(self, sampler: Iterable[Any], skip: int) -> None:
+        self.sampler = sampler
+        self.skip = skip
+
+    def __iter__(self) -> Iterator[Any]:
+        entries = iter(self.sampler)
+        # Advanced here and not in a generator: a shuffling sampler draws its permutation from the global random
+        # state with its first entry, and that must happen while the epoch's start state is in force.
+        for _ in islice(entries, self.skip):
+            pass
+        self.skip = 0
+        return entries
+
+    def __len__(self) -> int:
+        return len(self.sampler)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.sampler, name)
+
+
+def _open_at(loader: Iterable[Any], batch: int) -> Iterator[Any]:
+    """Start an epoch at its ``batch``-th batch."""
+    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+        name = "batch_sampler" if loader.batch_sampler is not None else "sampler"
+        original = getattr(loader, name)
+        # DataLoader refuses this assignment because a running iterator would not notice; none is running here.
+        object.__setattr__(loader, name, _StartAt(original, batch))
+        try:
+            return iter(loader)
+        finally:
+            object.__setattr__(loader, name, original)
+    batches = iter(loader)
+    for _ in islice(batches, batch):
+        pass
+    return batches
+
+
+def _generators(loader: Iterable[Any]) -> dict[str, Any]:
+    """Return the generators that a user gave to the loader or its samplers."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    owners = {
+        "loader": loader,
+        "sampler": getattr(loader, "sampler", None),
+        "batch_sampler": batch_sampler,
+        "inner_sampler": getattr(batch_sampler, "sampler", None),
+    }
+    return {name: g for name, owner in owners.items() if (g := getattr(owner, "generator", None)) is not None}
+
+
+def _length(loader: Iterable[Any]) -> int | None:
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def build_iterations(
+    train_dl: Iterable[Any] | None = None,
+    val_dl: Iterable[Any] | None = None,
+    test_dl: Iterable[Any] | None = None,
+    iterator_type: str = "cyclic",
+) -> tuple[CyclicIterator | None, CyclicIterator | None, CyclicIterator | None]:
+    """Turn up to three loaders into iterators; ``iterator_type`` is ``"cyclic"`` (endless) or ``"single"``.
+
+    Raises:
+        UserError: the iterator type is neither.
+    """
+    if iterator_type not in ("cyclic", "single"):
+        raise UserError(f"build_iterations: iterator_type is '{iterator_type}', it must be 'cyclic' or 'single'.")
+    cyclic = iterator_type == "cyclic"
+    return tuple(None if dl is None else CyclicIterator(dl, cyclic) for dl in (train_dl, val_dl, test_dl))  # type: ignore[return-value]

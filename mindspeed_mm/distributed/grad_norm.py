@@ -1,0 +1,75 @@
+"""Norm and scaling of gradients that live on several device meshes, or on none."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Return this rank's part of every gradient that exists, as plain tensors that share its memory."""
+    return [_local(p.grad) for p in parameters if p.grad is not None]
+
+
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: float | Tensor) -> None:
+    """Multiply every gradient in place. A tensor factor is applied without a host synchronisation."""
+    gradients = local_gradients(parameters)
+    for same_kind in _by_dtype(gradients).values():
+        torch._foreach_mul_(same_kind, factor if isinstance(factor, float) else factor.to(same_kind[0].dtype))
+
+
+def total_grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Return the L2 norm of all gradients together, the same scalar on every rank.
+
+    A sharded gradient contributes the squares of its shards, summed over the mesh dimensions it is sharded on
+    and over no others, so that a replicated dimension (HSDP) or a replicated parameter is counted once.
+    Accumulates in float32, in float64 for float64 gradients. Does not synchronise with the host.
+
+    All ranks must pass their parameters in the same order: there is one collective for each kind of placement.
+    """
+    groups: dict[object, list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is not None:
+            is_sharded = isinstance(gradient, DTensor)
+            groups[(gradient.device_mesh, gradient.placements) if is_sharded else None].append(gradient)
+    total: Tensor | None = None
+    for placement, gradients in groups.items():
+        squares = _sum_of_squares([_local(g) for g in gradients])
+        if placement is not None:
+            mesh, placements = placement  # type: ignore[misc]
+            for dimension, kind in enumerate(placements):
+                if kind.is_shard():
+                    dist.all_reduce(squares, group=mesh.get_group(dimension))
+        total = squares if total is None else total + squares
+    return torch.zeros(()) if total is None else total.sqrt()
+
+
+def clip_by_norm(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
+    """Scale all gradients by ``min(1, max_norm / (norm + 1e-6))``, as ``torch.nn.utils.clip_grad_norm_`` does."""
+    scale_gradients(parameters, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _sum_of_squares(tensors: list[Tensor]) -> Tensor:
+    """Return the sum of squares as a scalar; a rank whose shards are all empty returns zero and takes part."""
+    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    filled = [t for t in tensors if t.numel()]
+    if not filled:
+        return torch.zeros((), dtype=dtype, device=tensors[0].device)
+    return torch.stack(torch._foreach_norm(filled, 2, dtype=dtype)).square().sum()
+
+
+def _by_dtype(tensors: list[Tensor]) -> dict[torch.dtype, list[Tensor]]:
+    groups: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        groups[tensor.dtype].append(tensor)
+    return groups

@@ -1,0 +1,109 @@
+"""The process group of the job, who this rank is in it, and megatron-core's groups on top."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from mindspeed_mm import accelerator
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """What the launcher says about this process: the ``RANK``, ``LOCAL_RANK`` and ``WORLD_SIZE`` variables."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+    @classmethod
+    def from_environment(cls) -> RankInfo:
+        """Read the launcher's variables; a process started without a launcher is rank 0 of 1."""
+        return cls(*(int(os.environ.get(name, default)) for name, default in _RANK_VARIABLES))
+
+
+_RANK_VARIABLES = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
+
+
+def connect_store(info: RankInfo, timeout: timedelta = timedelta(minutes=5)) -> dist.Store:
+    """Return the key-value store of this job (and of this attempt at it, under ``--max-restarts``).
+
+    torchrun's agent hosts one store for all attempts. Without a prefix per attempt a restarted gloo job reads
+    the addresses of the dead one from it.
+    """
+    if info.world_size == 1 and "MASTER_ADDR" not in os.environ:
+        return dist.HashStore()
+    agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world_size=info.world_size,
+        is_master=info.rank == 0 and not agent_hosts,
+        timeout=timeout,
+        multi_tenant=True,
+    )
+    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def initialize(store: dist.Store, info: RankInfo, *, backend: str, timeout: timedelta) -> None:
+    """Bind the device, join the default process group and create megatron-core's groups (data parallel only)."""
+    accelerator.set_device(info.local_rank)
+    if not dist.is_initialized():
+        dist.init_process_group(backend, store=store, rank=info.rank, world_size=info.world_size, timeout=timeout)
+    accelerator.load_megatron_core()
+    from megatron.core import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()
+
+
+def shutdown() -> None:
+    """Leave every process group."""
+    if not dist.is_initialized():
+        return
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def data_parallel_group() -> dist.ProcessGroup:
+    """Return megatron-core's data-parallel group, context-parallel ranks included: what FSDP2 shards over."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def is_last_rank() -> bool:
+    """Return whether this is the rank that prints the training log, as in Megatron."""
+    return not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
+
+
+def print_rank_0(message: object) -> None:
+    """Print on rank 0 only, at once."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(message, flush=True)
+
+
+def print_rank_last(message: object) -> None:
+    """Print on the last rank only, at once."""
+    if is_last_rank():
+        print(message, flush=True)
+
+
+def warn_rank_0(message: str) -> None:
+    """Print a warning line to stderr on rank 0 only."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def average_over(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Return the mean of ``values`` over the ranks of ``group``; every rank must call it with the same shape."""
+    total = values.clone()
+    dist.all_reduce(total, group=group)  # a sum and a division: not every library has an average
+    return total / dist.get_world_size(group)

@@ -1,0 +1,49 @@
+"""The interface between the training loop and a road."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+Report = dict[str, Any]
+"""What a ``loss_func`` reports of a micro-batch: scalars, or ``(numerator, denominator)`` pairs, by name."""
+
+ForwardStep = Callable[[Iterator[Any] | None, nn.Module], tuple[Any, Callable[[Any], Any]]]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What became of an optimizer step.
+
+    Attributes:
+        grad_norm: L2 norm of all gradients before clipping, a scalar tensor on the device (not yet read by the host).
+        update_skipped: whether the weights were left as they were.
+        reason: why, when they were.
+    """
+
+    grad_norm: Tensor
+    update_skipped: bool = False
+    reason: str = ""
+
+
+class Engine(Protocol):
+    """A model with its optimizer, ready to train."""
+
+    module: nn.Module
+    optimizer: Optimizer
+
+    def forward_backward(
+        self,
+        forward_step: ForwardStep,
+        data_iterator: Iterator[Any] | None,
+        num_microbatches: int,
+        forward_only: bool = False,
+    ) -> list[Report]:
+        """Run the micro-batches of one step and return the report of each."""
+
+    def optimizer_step(self) -> StepResult:
+        """Clip, update the weights and clear the gradients."""

@@ -1,0 +1,155 @@
+"""The FSDP2 road: PyTorch sharding, PyTorch optimizers, gradients reduced once for each step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+
+from mindspeed_mm.distributed.grad_norm import clip_by_norm, scale_gradients, total_grad_norm
+from mindspeed_mm.engine.base import ForwardStep, Report, StepResult
+from mindspeed_mm.engine.loss_result import LossResult, read_loss
+from mindspeed_mm.errors import UserError
+
+
+class FSDP2Engine:
+    """Trains a module that :func:`mindspeed_mm.distributed.fsdp2.prepare_model` has sharded.
+
+    The gradient is that of
+
+        mean over ranks of mean over micro-batches of loss
+
+    and, for a ``loss_func`` that returns ``(loss_sum, num_tokens, report)`` under ``per_token_loss``, of
+
+        sum of loss_sum over ranks and micro-batches / sum of num_tokens over ranks and micro-batches.
+
+    Args:
+        module: the sharded module.
+        optimizer: over its parameters.
+        group: the data-parallel ranks.
+        clip_grad: largest gradient norm; 0 leaves the gradients alone.
+        per_token_loss: divide by the target tokens of the global batch.
+        sums_gradients: whether FSDP adds the ranks' gradients up (else it averages them).
+        replicated: parameters FSDP does not manage; this engine reduces their gradients.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        *,
+        group: dist.ProcessGroup,
+        clip_grad: float,
+        per_token_loss: bool = False,
+        sums_gradients: bool = True,
+        replicated: Sequence[nn.Parameter] = (),
+    ) -> None:
+        self.module = module
+        self.optimizer = optimizer
+        self.group = group
+        self.world_size = dist.get_world_size(group)
+        self.clip_grad = clip_grad
+        self.per_token_loss = per_token_loss
+        self.sums_gradients = sums_gradients
+        self.replicated = [p for p in replicated if p.requires_grad]
+        self.parameters = [p for _, p in module.named_parameters() if p.requires_grad]
+        self.fsdp_roots = _outermost(module)
+
+    def forward_backward(
+        self,
+        forward_step: ForwardStep,
+        data_iterator: Iterator[Any] | None,
+        num_microbatches: int,
+        forward_only: bool = False,
+    ) -> list[Report]:
+        """Run the micro-batches; after the last one every gradient is reduced over the ranks."""
+        reports: list[Report] = []
+        token_counts: list[Tensor] = []
+        for index in range(num_microbatches):
+            if not forward_only:
+                self._reduce_after_this(index == num_microbatches - 1)
+            result = self._forward(forward_step, data_iterator)
+            if not forward_only:
+                loss = self._to_optimise(result, num_microbatches)
+                if result.num_tokens is not None:
+                    token_counts.append(result.num_tokens)
+                loss.backward()
+            reports.append(result.report)
+        if not forward_only:
+            self._reduce_replicated()
+            if self.per_token_loss:
+                self._divide_by_tokens(token_counts)
+        return reports
+
+    def optimizer_step(self) -> StepResult:
+        """Clip, update the weights and clear the gradients. The host does not wait for the device."""
+        norm = total_grad_norm(self.parameters)
+        if self.clip_grad > 0:
+            clip_by_norm(self.parameters, norm, self.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(norm)
+
+    def _forward(self, forward_step: ForwardStep, data_iterator: Iterator[Any] | None) -> LossResult:
+        pair = forward_step(data_iterator, self.module)
+        if not (isinstance(pair, tuple) and len(pair) == 2 and callable(pair[1])):
+            raise UserError(f"forward_step returned a {type(pair).__name__}: it must return '(output, loss_func)'.")
+        output, loss_func = pair
+        return read_loss(loss_func(output))
+
+    def _to_optimise(self, result: LossResult, num_microbatches: int) -> Tensor:
+        """Scale a micro-batch's loss so that the reduced gradient is that of the class's formula."""
+        over_ranks = self.world_size if self.sums_gradients else 1
+        if result.num_tokens is None:
+            if self.per_token_loss:
+                raise UserError(
+                    "--calculate-per-token-loss: loss_func returned a mean. It must return "
+                    "'(loss_sum, num_tokens, report)', which is divided by the tokens of the global batch."
+                )
+            return result.loss / (num_microbatches * over_ranks)
+        if self.per_token_loss:
+            return result.loss  # divided by the global number of tokens once that is known
+        return result.loss / (result.num_tokens.clamp(min=1) * num_microbatches * over_ranks)
+
+    def _reduce_after_this(self, last: bool) -> None:
+        for root in self.fsdp_roots:
+            root.set_requires_gradient_sync(last)
+            root.set_is_last_backward(last)
+
+    def _reduce_replicated(self) -> None:
+        """Sum or average the gradients FSDP does not manage, as it does for its own.
+
+        A parameter that took no part on any rank keeps no gradient; one that took part on some gets zeros on
+        the others, so that all ranks make the same update.
+        """
+        if not self.replicated:
+            return
+        took_part = torch.tensor([float(p.grad is not None) for p in self.replicated], device=self.replicated[0].device)
+        dist.all_reduce(took_part, group=self.group)
+        for parameter, count in zip(self.replicated, took_part.tolist(), strict=True):
+            if not count:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad, group=self.group)
+            if not self.sums_gradients:
+                parameter.grad /= self.world_size
+
+    def _divide_by_tokens(self, counts: list[Tensor]) -> None:
+        total = torch.stack(counts).sum()
+        dist.all_reduce(total, group=self.group)
+        total = total.to(torch.promote_types(self.parameters[0].dtype, torch.float32))
+        over_ranks = 1 if self.sums_gradients else self.world_size
+        scale_gradients(self.parameters, over_ranks / total.clamp(min=1))
+
+
+def _outermost(module: nn.Module) -> list[FSDPModule]:
+    """Return the FSDP units with no FSDP unit around them: their settings reach all others."""
+    if isinstance(module, FSDPModule):
+        return [module]
+    return [root for child in module.children() for root in _outermost(child)]

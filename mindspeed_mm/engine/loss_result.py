@@ -1,0 +1,62 @@
+"""Reading what a user's ``loss_func`` returned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mindspeed_mm.engine.base import Report
+from mindspeed_mm.errors import UserError
+
+_FORMS = "It must return 'loss', '(loss, report)' or '(loss_sum, num_tokens, report)'."
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """One micro-batch's loss, a scalar with a gradient.
+
+    Attributes:
+        loss: the mean, or the sum over ``num_tokens`` when that is given.
+        num_tokens: number of target tokens behind a summed loss, an integer scalar; None for a mean.
+        report: what is logged.
+    """
+
+    loss: Tensor
+    num_tokens: Tensor | None
+    report: Report
+
+
+def read_loss(result: Any) -> LossResult:
+    """Accept the three documented return forms of ``loss_func``.
+
+    A loss without a report, or with an empty one, is logged as ``loss``. The loss may have shape ``()`` or any shape of one element.
+
+    Raises:
+        UserError: the value has none of these forms.
+    """
+    num_tokens: Tensor | None = None
+    report: Any = None
+    if isinstance(result, Tensor):
+        loss = result
+    elif isinstance(result, tuple) and len(result) == 2:
+        loss, report = result
+    elif isinstance(result, tuple) and len(result) == 3:
+        loss, num_tokens, report = result
+    else:
+        length = f" of length {len(result)}" if isinstance(result, (tuple, list)) else ""
+        raise UserError(f"loss_func returned a {type(result).__name__}{length}. {_FORMS}")
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise UserError(f"loss_func returned {found} as the loss: it must be one number. {_FORMS}")
+    if report is not None and not isinstance(report, dict):
+        raise UserError(f"loss_func returned a {type(report).__name__} as the report: it must be a dict. {_FORMS}")
+    if num_tokens is not None:
+        num_tokens = torch.as_tensor(num_tokens, device=loss.device).reshape(())
+    loss = loss.reshape(())
+    if not report:
+        value = loss.detach()
+        report = {"loss": value if num_tokens is None else (value, num_tokens)}
+    return LossResult(loss, num_tokens, report)

@@ -1,0 +1,67 @@
+"""Calling the user's callbacks in any of their documented forms."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from mindspeed_mm.data.iterators import CyclicIterator
+from mindspeed_mm.errors import UserError
+
+Iterators = tuple["Iterator[Any] | None", "Iterator[Any] | None", "Iterator[Any] | None"]
+
+
+def call_model_provider(provider: Callable[..., Any]) -> nn.Module:
+    """Call ``model_provider`` with the ``pre_process`` and ``post_process`` keywords it accepts.
+
+    Raises:
+        UserError: it returned something that is not a module.
+    """
+    accepted = inspect.signature(provider).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    keywords = {name: True for name in ("pre_process", "post_process") if takes_any or name in accepted}
+    model = provider(**keywords)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model_provider returned a {type(model).__name__}: it must return a torch.nn.Module.")
+    return model
+
+
+def call_dataset_provider(provider: Callable[..., Any], sample_counts: list[int]) -> Iterators:
+    """Return the train, validation and test iterators.
+
+    The provider is called with the three sample counts if it takes an argument, with none if not. Loaders and
+    other iterables become endless iterators; iterators are taken as they are.
+
+    Raises:
+        UserError: it did not return three values.
+    """
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(provider).parameters.values()
+    takes_counts = any(p.kind in positional or p.kind is p.VAR_POSITIONAL for p in parameters)
+    loaders = provider(sample_counts) if takes_counts else provider()
+    if not isinstance(loaders, (tuple, list)) or len(loaders) != 3:
+        found = f"{len(loaders)} values" if isinstance(loaders, (tuple, list)) else f"a {type(loaders).__name__}"
+        raise UserError(
+            f"train_valid_test_datasets_provider returned {found}: it must return the train, validation and test "
+            "loaders, each of which may be None."
+        )
+    train, valid, test = (_to_iterator(name, x) for name, x in zip(("train", "valid", "test"), loaders, strict=True))
+    return train, valid, test
+
+
+def _to_iterator(name: str, loader: Any) -> Iterator[Any] | None:
+    if loader is None:
+        return None
+    try:
+        iterator = iter(loader) if hasattr(loader, "__next__") else CyclicIterator(loader)
+    except TypeError:
+        iterator = None
+    if iterator is None or not hasattr(loader, "__iter__"):
+        raise UserError(
+            f"train_valid_test_datasets_provider returned a {type(loader).__name__} for {name}: it must be a "
+            "DataLoader, an iterable of batches, an iterator or None."
+        )
+    return iterator

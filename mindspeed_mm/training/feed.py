@@ -1,0 +1,62 @@
+"""What the loop learns about the data on its way to the callbacks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from mindspeed_mm.errors import UserError
+
+
+class Feed:
+    """Passes batches on, and counts the time spent waiting for them and the tokens in them.
+
+    Tokens are counted where the batch still is, in host memory: non-padding positions of ``attention_mask``, else
+    the elements of ``input_ids`` (shape ``(batch, sequence)`` both). Batches of another kind count as none.
+
+    Args:
+        source: the iterator behind it.
+        name: what the iterator feeds, for the message when it ends too early.
+    """
+
+    def __init__(self, source: Iterator[Any], name: str) -> None:
+        self._source = source
+        self._name = name
+        self._batches = 0
+        self.wait_seconds = 0.0
+        self.tokens = 0
+
+    def __iter__(self) -> Feed:
+        return self
+
+    def __next__(self) -> Any:
+        start = time.perf_counter()
+        try:
+            batch = next(self._source)
+        except StopIteration:
+            raise UserError(
+                f"The {self._name} iterator ended after {self._batches} batches, before the run did. Return a "
+                "DataLoader or another iterable, which is started over, or an iterator with enough batches."
+            ) from None
+        self._batches += 1
+        self.wait_seconds += time.perf_counter() - start
+        self.tokens += _count_tokens(batch)
+        return batch
+
+    def take_counts(self) -> tuple[float, int]:
+        """Return seconds waited and tokens seen since the last call."""
+        counts = (self.wait_seconds, self.tokens)
+        self.wait_seconds, self.tokens = 0.0, 0
+        return counts
+
+
+def _count_tokens(batch: Any) -> int:
+    if not isinstance(batch, Mapping):
+        return 0
+    mask, ids = batch.get("attention_mask"), batch.get("input_ids")
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.is_cpu:
+        return int(mask.sum())
+    return ids.numel() if isinstance(ids, Tensor) else 0

@@ -1,0 +1,141 @@
+"""The training loop: step, log, evaluate, save, stop."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from mindspeed_mm.distributed.state import print_rank_0
+from mindspeed_mm.engine import Engine
+from mindspeed_mm.engine.base import ForwardStep
+from mindspeed_mm.optimizer.schedule import Schedule
+from mindspeed_mm.training.evaluation import evaluate, print_losses
+from mindspeed_mm.training.exits import ExitWatch
+from mindspeed_mm.training.feed import Feed
+from mindspeed_mm.training.reporting import StepRecord, TrainingLog, merge_reports, report_memory
+
+
+@dataclass
+class Progress:
+    """Where the run stands. ``publish`` keeps ``get_args()`` of user scripts up to date."""
+
+    iteration: int
+    consumed_samples: int
+    publish: Callable[[int, int], None]
+
+    def advance(self, samples: int) -> None:
+        """Count one finished step."""
+        self.iteration += 1
+        self.consumed_samples += samples
+        self.publish(self.iteration, self.consumed_samples)
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """How long to train and how often to do what, in iterations; None is never."""
+
+    train_iters: int
+    eval_interval: int
+    eval_iters: int
+    save_interval: int | None
+    gc_interval: int | None
+    gc_before_evaluation: bool
+
+
+@dataclass
+class Trainer:
+    """Everything the loop drives, built by :mod:`mindspeed_mm.training.run`."""
+
+    engine: Engine
+    schedule: Schedule
+    forward_step: ForwardStep
+    train_iterator: Iterator[Any]
+    valid_iterator: Iterator[Any] | None
+    num_microbatches: int
+    global_batch_size: int
+    cadence: Cadence
+    progress: Progress
+    log: TrainingLog
+    save: Callable[[], None] | None
+    observers: list[Callable[[], None]]
+    """Called after every step: profilers."""
+
+    def train(self, exits: ExitWatch) -> str | None:
+        """Train to the last iteration, or until there is a reason to stop, which is returned.
+
+        The last state is saved in both cases when the run saves at all.
+        """
+        if self.cadence.gc_interval is not None:
+            gc.disable()  # the collector's pauses fall on a different step on every rank, and all wait for each
+            gc.collect()
+        feed = Feed(self.train_iterator, "training")
+        reason, saved_at = None, self.progress.iteration
+        self.engine.module.train()
+        first_iteration = self.progress.iteration + 1
+        while reason is None and self.progress.iteration < self.cadence.train_iters:
+            self._step(feed)
+            iteration = self.progress.iteration
+            if iteration == first_iteration:
+                report_memory(1)
+            for observe in self.observers:
+                observe()
+            if self.cadence.gc_interval and iteration % self.cadence.gc_interval == 0:
+                gc.collect()
+            if self.valid_iterator and self.cadence.eval_iters and iteration % self.cadence.eval_interval == 0:
+                self.evaluate(self.valid_iterator, "validation", f"iteration {iteration}")
+            if self.save and self.cadence.save_interval and iteration % self.cadence.save_interval == 0:
+                self._save()
+                saved_at = iteration
+            reason = exits.reason(iteration)
+        self.log.flush()
+        if self.save and saved_at != self.progress.iteration:
+            self._save()
+        if reason:
+            print_rank_0(reason)
+        return reason
+
+    def evaluate(self, iterator: Iterator[Any], name: str, where: str) -> dict[str, float]:
+        """Evaluate on ``eval_iters`` global batches, print and record the result."""
+        if self.cadence.gc_before_evaluation:
+            gc.collect()
+        losses = evaluate(
+            self.engine,
+            self.forward_step,
+            Feed(iterator, name),
+            steps=self.cadence.eval_iters,
+            num_microbatches=self.num_microbatches,
+        )
+        print_losses(where, losses)
+        self.log.validation(self.progress.iteration, losses)
+        return losses
+
+    def _step(self, feed: Feed) -> None:
+        start = time.perf_counter()
+        learning_rate = self.schedule.current_lr
+        reports = self.engine.forward_backward(self.forward_step, feed, self.num_microbatches)
+        result = self.engine.optimizer_step()
+        if not result.update_skipped:
+            self.schedule.step(self.global_batch_size)
+        self.progress.advance(self.global_batch_size)
+        wait, tokens = feed.take_counts()
+        self.log.add(
+            StepRecord(
+                iteration=self.progress.iteration,
+                consumed_samples=self.progress.consumed_samples,
+                learning_rate=learning_rate,
+                values=merge_reports(reports),
+                grad_norm=result.grad_norm,
+                seconds=time.perf_counter() - start,
+                data_wait_seconds=wait,
+                tokens=tokens,
+                skipped=result.update_skipped,
+            )
+        )
+
+    def _save(self) -> None:
+        self.log.flush()  # what metrics.jsonl says never lags behind what a checkpoint holds
+        assert self.save is not None
+        self.save()

@@ -1,0 +1,280 @@
+"""What a run tells: Megatron's log line, metrics.jsonl, TensorBoard and a progress bar.
+
+Values stay on the device until a step that logs: the steps in between cost the host no synchronisation.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mindspeed_mm import accelerator
+from mindspeed_mm.distributed.state import data_parallel_group, is_last_rank, print_rank_last
+
+
+@dataclass
+class StepRecord:
+    """One training step as the loop saw it; tensors are not read before the next logging step."""
+
+    iteration: int
+    consumed_samples: int
+    learning_rate: float
+    values: dict[str, Tensor]
+    grad_norm: Tensor
+    seconds: float
+    data_wait_seconds: float
+    tokens: int
+    skipped: bool
+
+
+def merge_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Combine the micro-batches' reports of one step into a ``[numerator, denominator]`` tensor for each key.
+
+    A scalar counts as its value over 1, so that the quotient of the sums is the mean over micro-batches; a
+    ``(numerator, denominator)`` pair counts as it stands. Sums over ranks keep that meaning, and change nothing
+    for values that a ``loss_func`` has already averaged or summed over the data-parallel ranks.
+    """
+    merged: dict[str, Tensor] = {}
+    for report in reports:
+        for key, value in report.items():
+            pair = torch.stack([_scalar(part) for part in (value if isinstance(value, (tuple, list)) else (value, 1))])
+            merged[key] = merged[key] + pair if key in merged else pair
+    return merged
+
+
+def read_quotients(pairs: Tensor) -> list[Any]:
+    """Sum ``[..., 2]`` numerators and denominators over the data-parallel ranks and return the quotients.
+
+    Where there is nothing to divide by (no target token anywhere) the value is 0. A collective, and the place
+    where the host waits for the device.
+    """
+    dist.all_reduce(pairs, group=data_parallel_group())
+    numerator, denominator = pairs.unbind(-1)
+    return torch.where(denominator == 0, numerator, numerator / denominator).tolist()
+
+
+def _scalar(value: Any) -> Tensor:
+    tensor = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value), device=accelerator.device())
+    return tensor.reshape(()).to(torch.float64 if accelerator.has_float64() else torch.float32)
+
+
+def format_log_line(
+    *,
+    iteration: int,
+    train_iters: int,
+    consumed_samples: int,
+    seconds_per_iteration: float,
+    learning_rate: float,
+    global_batch_size: int,
+    values: Mapping[str, float],
+    grad_norm: float,
+    skipped: int,
+    nan: int,
+    tflops: float | None = None,
+    now: datetime | None = None,
+) -> str:
+    """Return Megatron's training log line, character for character, except that no value is ever left out."""
+    stamp = (now or datetime.now()).strftime("%Y-%m-%d %H:%M:%S")
+    parts = [
+        f" [{stamp}] iteration {iteration:8d}/{train_iters:8d} |",
+        f" consumed samples: {consumed_samples:12d} |",
+        f" elapsed time per iteration (ms): {seconds_per_iteration * 1000.0:.1f} |",
+    ]
+    if tflops is not None:
+        parts.append(f" throughput per GPU (TFLOP/s/GPU): {tflops:.1f} |")
+    parts += [f" learning rate: {learning_rate:.6E} |", f" global batch size: {global_batch_size:5d} |"]
+    parts += [f" {key}: {value:.6E} |" for key, value in values.items()]
+    parts += [
+        " loss scale: 1.0 |",
+        f" grad norm: {grad_norm:.3f} |",
+        f" number of skipped iterations: {skipped:3d} |",
+        f" number of nan iterations: {nan:3d} |",
+    ]
+    return "".join(parts)
+
+
+class TrainingLog:
+    """Collects step records and writes them out at logging steps. Every rank calls it; the last rank writes.
+
+    Args:
+        train_iters: length of the run, for the log line.
+        log_interval: steps between two log lines.
+        global_batch_size: samples of a step.
+        metrics_path: where ``metrics.jsonl`` goes, None for nowhere.
+        tensorboard_dir: where TensorBoard events go, None for nowhere.
+        tensorboard_interval: steps between two TensorBoard points.
+        flops_per_token: of forward and backward, for the throughput column; None leaves it out.
+    """
+
+    def __init__(
+        self,
+        *,
+        train_iters: int,
+        log_interval: int,
+        global_batch_size: int,
+        metrics_path: Path | None,
+        tensorboard_dir: str | None,
+        tensorboard_interval: int,
+        flops_per_token: float | None,
+    ) -> None:
+        self.train_iters = train_iters
+        self.log_interval = log_interval
+        self.global_batch_size = global_batch_size
+        self.tensorboard_interval = tensorboard_interval
+        self.flops_per_token = flops_per_token
+        self._records: list[StepRecord] = []
+        self._writes = is_last_rank()
+        self._metrics = _open_metrics(metrics_path) if metrics_path and self._writes else None
+        self._tensorboard = _open_tensorboard(tensorboard_dir) if tensorboard_dir and self._writes else None
+        self._progress = _start_progress(train_iters) if self._writes and sys.stdout.isatty() else None
+
+    def add(self, record: StepRecord) -> None:
+        """Take a step; every ``log_interval`` iterations everything taken so far is read and written."""
+        self._records.append(record)
+        if record.iteration % self.log_interval == 0:
+            self.flush(print_line=True)
+
+    def flush(self, print_line: bool = False) -> None:
+        """Read the collected values from the device and write them. A collective: call it on every rank."""
+        records, self._records = self._records, []
+        if not records:
+            return
+        keys = list(dict.fromkeys(key for record in records for key in record.values))
+        table = read_quotients(torch.stack([_row(record, keys) for record in records]))
+        tokens = torch.tensor([r.tokens for r in records], device=accelerator.device())
+        dist.all_reduce(tokens)
+        if not self._writes:
+            return
+        rows = [
+            self._metrics_row(record, dict(zip([*keys, "grad_norm"], numbers, strict=True)), count)
+            for record, numbers, count in zip(records, table, tokens.tolist(), strict=True)
+        ]
+        for row in rows:
+            if self._metrics:
+                self._metrics.write(json.dumps(row) + "\n")
+            if self._tensorboard and row["iteration"] % self.tensorboard_interval == 0:
+                self._write_tensorboard(row, keys)
+        if self._metrics:
+            self._metrics.flush()
+        if print_line:
+            self._print(records, rows, keys)
+
+    def validation(self, iteration: int, losses: Mapping[str, float]) -> None:
+        """Record validation losses."""
+        if self._metrics:
+            row = {"iteration": iteration, **{f"validation {key}": value for key, value in losses.items()}}
+            self._metrics.write(json.dumps(row) + "\n")
+            self._metrics.flush()
+        if self._tensorboard:
+            for key, value in losses.items():
+                self._tensorboard.add_scalar(f"{key} validation", value, iteration)
+
+    def close(self) -> None:
+        """Write what is left and close the files. A collective."""
+        self.flush()
+        for sink in (self._metrics, self._tensorboard):
+            if sink:
+                sink.close()
+        if self._progress:
+            self._progress.stop()
+
+    def _metrics_row(self, record: StepRecord, numbers: Mapping[str, float], tokens: int) -> dict[str, Any]:
+        return {
+            "iteration": record.iteration,
+            **numbers,
+            "learning_rate": record.learning_rate,
+            "consumed_samples": record.consumed_samples,
+            "samples": self.global_batch_size,
+            "tokens": tokens,
+            "step_time": record.seconds,
+            "data_wait_time": record.data_wait_seconds,
+            "samples_per_second": self.global_batch_size / record.seconds,
+            "tokens_per_second": tokens / record.seconds,
+            "memory_bytes": accelerator.memory_stats()["max_allocated"],
+            "skipped": record.skipped,
+        }
+
+    def _print(self, records: list[StepRecord], rows: list[dict[str, Any]], keys: list[str]) -> None:
+        seconds = sum(r.seconds for r in records) / len(records)
+        kept = [row for row in rows if not row["skipped"]] or rows
+        tflops = None
+        if self.flops_per_token is not None:
+            tokens = sum(row["tokens"] for row in rows) / len(rows)
+            tflops = self.flops_per_token * tokens / seconds / dist.get_world_size() / 1e12
+        line = format_log_line(
+            iteration=records[-1].iteration,
+            train_iters=self.train_iters,
+            consumed_samples=records[-1].consumed_samples,
+            seconds_per_iteration=seconds,
+            learning_rate=records[-1].learning_rate,
+            global_batch_size=self.global_batch_size,
+            values={key: sum(row[key] for row in kept) / len(kept) for key in keys},
+            grad_norm=rows[-1]["grad_norm"],
+            skipped=sum(r.skipped for r in records),
+            nan=sum(any(row[key] != row[key] for key in keys) for row in rows),
+            tflops=tflops,
+        )
+        if self._progress:
+            self._progress.update(self._progress.task_ids[0], completed=records[-1].iteration)
+            self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        else:
+            print(line, flush=True)
+
+    def _write_tensorboard(self, row: Mapping[str, Any], keys: Sequence[str]) -> None:
+        iteration, samples = row["iteration"], row["consumed_samples"]
+        for key in keys:
+            self._tensorboard.add_scalar(key, row[key], iteration)
+            self._tensorboard.add_scalar(f"{key} vs samples", row[key], samples)
+        self._tensorboard.add_scalar("learning-rate", row["learning_rate"], iteration)
+        self._tensorboard.add_scalar("grad-norm", row["grad_norm"], iteration)
+        self._tensorboard.add_scalar("iteration-time", row["step_time"], iteration)
+        self._tensorboard.add_scalar("throughput", row["samples_per_second"], iteration)
+        self._tensorboard.add_scalar("mem-allocated-bytes", row["memory_bytes"], iteration)
+
+
+def _row(record: StepRecord, keys: Sequence[str]) -> Tensor:
+    """Return the step's pairs in the order of ``keys`` with the gradient norm last, shape ``(keys + 1, 2)``."""
+    nothing = torch.zeros(2, device=record.grad_norm.device)
+    norm = torch.stack([record.grad_norm, torch.ones_like(record.grad_norm)])
+    pairs = [record.values.get(key, nothing) for key in keys] + [norm]
+    dtype = next(iter(record.values.values())).dtype
+    return torch.stack([pair.to(norm.device, dtype) for pair in pairs])
+
+
+def report_memory(iteration: int) -> None:
+    """Print this device's memory once training has reached its working size."""
+    megabytes = {name: size / 2**20 for name, size in accelerator.memory_stats().items()}
+    print_rank_last(
+        f"[Rank {dist.get_rank()}] (after {iteration} iterations) memory (MB)"
+        f" | allocated: {megabytes['allocated']} | max allocated: {megabytes['max_allocated']}"
+        f" | reserved: {megabytes['reserved']} | max reserved: {megabytes['max_reserved']}"
+    )
+
+
+def _open_metrics(path: Path) -> Any:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("a", encoding="utf-8")
+
+
+def _open_tensorboard(folder: str) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(log_dir=folder)
+
+
+def _start_progress(train_iters: int) -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    progress = Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=True)
+    progress.add_task("training", total=train_iters)
+    progress.start()
+    return progress
