@@ -110,15 +110,21 @@ class _StartAt:
     def __init__(self, sampler: Iterable[Any], skip: int) -> None:
         self.sampler = sampler
         self.skip = skip
+        self._entries: Iterator[Any] = iter(())
 
     def __iter__(self) -> Iterator[Any]:
-        entries = iter(self.sampler)
-        # Advanced here and not in a generator: a shuffling sampler draws its permutation from the global random
-        # state with its first entry, and that must happen while the epoch's start state is in force.
-        for _ in islice(entries, self.skip):
+        self._entries = iter(self.sampler)
+        return self
+
+    def __next__(self) -> Any:
+        self.advance()
+        return next(self._entries)
+
+    def advance(self) -> None:
+        """Leave out what is to be left out; a shuffling sampler draws its permutation here."""
+        skip, self.skip = self.skip, 0
+        for _ in islice(self._entries, skip):
             pass
-        self.skip = 0
-        return entries
 
     def __len__(self) -> int:
         return len(self.sampler)  # type: ignore[arg-type]
@@ -128,16 +134,20 @@ class _StartAt:
 
 
 def _open_at(loader: Iterable[Any], batch: int) -> Iterator[Any]:
-    """Start an epoch at its ``batch``-th batch."""
+    """Start an epoch at its ``batch``-th batch, with every random number drawn that opening it draws."""
     if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
         name = "batch_sampler" if loader.batch_sampler is not None else "sampler"
         original = getattr(loader, name)
+        start_at = _StartAt(original, batch)
         # DataLoader refuses this assignment because a running iterator would not notice; none is running here.
-        object.__setattr__(loader, name, _StartAt(original, batch))
+        object.__setattr__(loader, name, start_at)
         try:
-            return iter(loader)
+            batches = iter(loader)
         finally:
             object.__setattr__(loader, name, original)
+        # With workers the loader has prefetched and thereby advanced; without, the permutation is not drawn yet.
+        start_at.advance()
+        return batches
     batches = iter(loader)
     for _ in islice(batches, batch):
         pass

@@ -110,6 +110,7 @@ class TrainingLog:
         log_interval: steps between two log lines.
         global_batch_size: samples of a step.
         metrics_path: where ``metrics.jsonl`` goes, None for nowhere.
+        start_iteration: rows after it are dropped from an existing file: they are about to be made again.
         tensorboard_dir: where TensorBoard events go, None for nowhere.
         tensorboard_interval: steps between two TensorBoard points.
         flops_per_token: of forward and backward, for the throughput column; None leaves it out.
@@ -122,6 +123,7 @@ class TrainingLog:
         log_interval: int,
         global_batch_size: int,
         metrics_path: Path | None,
+        start_iteration: int,
         tensorboard_dir: str | None,
         tensorboard_interval: int,
         flops_per_token: float | None,
@@ -133,7 +135,7 @@ class TrainingLog:
         self.flops_per_token = flops_per_token
         self._records: list[StepRecord] = []
         self._writes = is_last_rank()
-        self._metrics = _open_metrics(metrics_path) if metrics_path and self._writes else None
+        self._metrics = _open_metrics(metrics_path, start_iteration) if metrics_path and self._writes else None
         self._tensorboard = _open_tensorboard(tensorboard_dir) if tensorboard_dir and self._writes else None
         self._progress = _start_progress(train_iters) if self._writes and sys.stdout.isatty() else None
 
@@ -260,8 +262,14 @@ def report_memory(iteration: int) -> None:
     )
 
 
-def _open_metrics(path: Path) -> Any:
+def _open_metrics(path: Path, start_iteration: int) -> Any:
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and start_iteration == 0:
+        path.rename(path.with_name(f"metrics-until-{datetime.now():%Y%m%d-%H%M%S-%f}.jsonl"))  # another run's
+    elif path.exists():
+        complete = [text for text in path.read_text(encoding="utf-8").splitlines(keepends=True) if text.endswith("\n")]
+        kept = [text for text in complete if json.loads(text)["iteration"] <= start_iteration]
+        path.write_text("".join(kept), encoding="utf-8")
     return path.open("a", encoding="utf-8")
 
 

@@ -213,6 +213,7 @@ def _build_trainer(
             log_interval=args.log_interval,
             global_batch_size=args.global_batch_size,
             metrics_path=Path(args.save) / "metrics.jsonl" if args.save else None,
+            start_iteration=progress.iteration,
             tensorboard_dir=args.tensorboard_dir,
             tensorboard_interval=args.tensorboard_log_interval,
             flops_per_token=_flops_per_token(engine.module) if args.log_throughput else None,

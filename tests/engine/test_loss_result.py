@@ -1,0 +1,48 @@
+"""The documented return forms of loss_func."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mindspeed_mm.engine.loss_result import read_loss
+from mindspeed_mm.errors import UserError
+
+LOSS = torch.tensor(2.0, requires_grad=True)
+
+
+def test_a_plain_loss_is_reported_as_loss() -> None:
+    result = read_loss(LOSS)
+    assert result.loss is LOSS or result.loss.item() == 2.0
+    assert result.report["loss"].item() == 2.0
+    assert not result.report["loss"].requires_grad
+    assert result.num_tokens is None
+
+
+def test_a_pair_and_a_loss_of_shape_one() -> None:
+    result = read_loss((LOSS.unsqueeze(0), {"loss": 1.0}))
+    assert result.loss.shape == ()
+    assert result.report == {"loss": 1.0}
+
+
+def test_a_triple() -> None:
+    result = read_loss((LOSS, torch.tensor([7]), {}))
+    assert result.num_tokens.item() == 7
+    numerator, denominator = result.report["loss"]
+    assert (numerator.item(), denominator.item()) == (2.0, 7)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "loss_func returned a NoneType"),
+        ((LOSS, 1, 2, 3), "a tuple of length 4"),
+        (torch.zeros(3), r"a tensor of shape \(3,\) as the loss"),
+        ((2.0, {}), "a float as the loss"),
+        ((LOSS, [1]), "a list as the report"),
+    ],
+)
+def test_anything_else_is_an_error_that_names_the_forms(value: object, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        read_loss(value)
+    assert "(loss_sum, num_tokens, report)" in str(error.value)

@@ -1,0 +1,166 @@
+"""Parameter groups, schedule and selection, against formulas written out here and torch's own optimizers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.optimizer import build_optimizer, build_param_groups, build_schedule
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+
+
+def names(groups: list) -> dict[tuple[float, float], list[str]]:
+    return {(g.lr_mult, g.wd_mult): g.names for g in groups}
+
+
+def test_biases_and_norms_do_not_decay() -> None:
+    assert names(build_param_groups(model().named_parameters())) == {
+        (1.0, 1.0): ["0.weight", "2.weight"],
+        (1.0, 0.0): ["0.bias", "1.weight", "1.bias", "2.bias"],
+    }
+
+
+def test_decay_all_on_request() -> None:
+    assert list(names(build_param_groups(model().named_parameters(), decay_all=True))) == [(1.0, 1.0)]
+
+
+def test_keywords() -> None:
+    groups = build_param_groups(
+        model().named_parameters(), weight_decay_exclude=["0.WEIGHT"], lr_scale=["2."], lr_mult=0.1
+    )
+    assert names(groups)[(0.1, 1.0)] == ["2.weight"]
+    assert "0.weight" in names(groups)[(1.0, 0.0)]
+
+
+def test_a_keyword_that_matches_nothing_is_an_error() -> None:
+    module = nn.ModuleDict({"visual": nn.Linear(2, 2)})
+    with pytest.raises(UserError, match="--lr-scale-modules: 'visal'.*Did you mean 'visual'"):
+        build_param_groups(module.named_parameters(), lr_scale=["visal"])
+
+
+def test_everything_frozen_is_an_error() -> None:
+    with pytest.raises(UserError, match="frozen"):
+        build_param_groups(model().requires_grad_(False).named_parameters())
+
+
+def schedule(style: str, optimizer: torch.optim.Optimizer | None = None, **changes: object):
+    optimizer = optimizer or torch.optim.SGD(model().parameters(), lr=1.0)
+    values: dict = dict(
+        lr=1.0,
+        min_lr=0.1,
+        warmup_init=0.0,
+        warmup_samples=4,
+        decay_samples=20,
+        decay_style=style,
+        weight_decay=(0.01, 0.01),
+        weight_decay_style="constant",
+        weight_decay_samples=20,
+    )
+    return build_schedule(optimizer, **{**values, **changes})
+
+
+def curve(plan) -> list[float]:
+    rates = []
+    for _ in range(12):
+        rates.append(plan.current_lr)
+        plan.step(2)
+    return rates
+
+
+def expected(style: str, n: int) -> float:
+    if n <= 4:
+        return n / 4
+    if style == "constant":
+        return 1.0
+    if n > 20:
+        return 0.1
+    ratio = (n - 4) / 16
+    if style == "linear":
+        return 0.1 + 0.9 * (1 - ratio)
+    if style == "cosine":
+        return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * ratio))
+    if style == "inverse-square-root":
+        return max(0.1, math.sqrt(4 / n))
+    return 1.0 if n <= 12 else 0.1 + 0.9 * (1 - (n - 12) / 8)  # WSD, linear over the last 8
+
+
+@pytest.mark.parametrize("style", ["constant", "linear", "cosine", "inverse-square-root", "WSD"])
+def test_learning_rate_styles(style: str) -> None:
+    extra = {"wsd_decay_samples": 8, "wsd_decay_style": "linear"} if style == "WSD" else {}
+    assert curve(schedule(style, **extra)) == pytest.approx([expected(style, n) for n in range(0, 24, 2)])
+
+
+def test_group_multipliers_apply_at_every_step() -> None:
+    groups = build_param_groups(model().named_parameters(), lr_scale=["2."], lr_mult=0.5)
+    optimizer = torch.optim.SGD([g.to_optimizer_group() for g in groups], lr=1.0)
+    plan = schedule("linear", optimizer, warmup_init=0.4)
+    for _ in range(12):
+        for group in optimizer.param_groups:
+            assert group["lr"] == pytest.approx(plan.current_lr * group["lr_mult"])
+            assert group["weight_decay"] == pytest.approx(0.01 * group["wd_mult"])
+        plan.step(2)
+
+
+def test_a_schedule_that_changed_is_an_error_that_names_the_flags() -> None:
+    saved = schedule("linear").state_dict()
+    with pytest.raises(UserError, match="--override-opt_param-scheduler"):
+        schedule("linear", decay_samples=40).load_state_dict(saved)
+    longer = schedule("linear", decay_samples=40, override=True)
+    longer.load_state_dict(saved)
+    assert longer.lr_decay_steps == 40
+
+
+OPTIONS: dict = dict(lr=0.1, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-8, momentum=0.9, ema_decay=0.5)
+
+
+def train(optimizer: torch.optim.Optimizer, module: nn.Module, steps: int = 3) -> list[torch.Tensor]:
+    history = [module[0].weight.detach().clone()]
+    for i in range(steps):
+        module(torch.ones(2, 4) * (i + 1)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(module[0].weight.detach().clone())
+    return history
+
+
+@pytest.mark.parametrize(
+    ("name", "selection"), [("adam", "fused_torch_adamw"), ("adam", "fused_adamw"), ("sgd", "fused_adamw")]
+)
+def test_the_update_is_torchs(name: str, selection: str) -> None:
+    ours, plain = model(), model()
+    optimizer = build_optimizer(build_param_groups(ours.named_parameters()), name=name, selection=selection, **OPTIONS)
+    reference = (
+        torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+        if name == "sgd"
+        else torch.optim.AdamW(plain.parameters(), lr=0.1, betas=(0.9, 0.99), weight_decay=0.0)
+    )
+    torch.testing.assert_close(train(optimizer, ours)[-1], train(reference, plain)[-1])
+
+
+def test_moving_average_follows_its_formula_and_leaves_the_weights_alone() -> None:
+    ours, plain = model(), model()
+    groups = build_param_groups(ours.named_parameters())
+    optimizer = build_optimizer(groups, name="adam", selection="fused_ema_adamw", **OPTIONS)
+    history = train(optimizer, ours)
+    reference = build_optimizer(
+        build_param_groups(plain.named_parameters()), name="adam", selection="fused_torch_adamw", **OPTIONS
+    )
+    assert torch.equal(history[-1], train(reference, plain)[-1])
+    average = history[0]
+    for weight in history[1:]:
+        average = 0.5 * average + 0.5 * weight
+    torch.testing.assert_close(optimizer.state[ours[0].weight]["ema"], average)
+
+
+def test_an_optimizer_we_do_not_have_is_an_error() -> None:
+    with pytest.raises(UserError, match="--optimizer muon"):
+        groups = build_param_groups(model().named_parameters())
+        build_optimizer(groups, name="muon", selection="fused_adamw", **OPTIONS)

@@ -1,0 +1,110 @@
+"""The log line, and how micro-batch reports are combined."""
+
+from __future__ import annotations
+
+import json
+import math
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+import torch
+
+from mindspeed_mm.training.reporting import StepRecord, TrainingLog, format_log_line, merge_reports, read_quotients
+from tests.ranks import RankPool
+
+NOW = datetime(2025, 12, 8, 10, 0, 0)
+
+
+def line(**changes: object) -> str:
+    values: dict = dict(
+        iteration=1,
+        train_iters=10000,
+        consumed_samples=16,
+        seconds_per_iteration=6.842,
+        learning_rate=1e-5,
+        global_batch_size=16,
+        values={"loss": 1.548069},
+        grad_norm=12.3454,
+        skipped=0,
+        nan=0,
+        now=NOW,
+    )
+    return format_log_line(**{**values, **changes})
+
+
+def test_log_line_is_megatrons() -> None:
+    assert line() == (
+        " [2025-12-08 10:00:00] iteration        1/   10000 | consumed samples:           16 | "
+        "elapsed time per iteration (ms): 6842.0 | learning rate: 1.000000E-05 | global batch size:    16 | "
+        "loss: 1.548069E+00 | loss scale: 1.0 | grad norm: 12.345 | number of skipped iterations:   0 | "
+        "number of nan iterations:   0 |"
+    )
+
+
+def test_negative_and_nan_losses_are_printed() -> None:
+    assert "loss: -2.500000E-01 |" in line(values={"loss": -0.25})
+    assert "loss: NAN |" in line(values={"loss": math.nan})
+
+
+def test_throughput_column() -> None:
+    assert "| throughput per GPU (TFLOP/s/GPU): 1.2 | learning rate" in line(tflops=1.23)
+
+
+def test_the_elapsed_time_stays_where_published_scripts_look_for_it() -> None:
+    assert line().split(":")[4].strip().startswith("6842.0")  # awk -F ':' '{print $5}'
+
+
+def test_scalars_average_and_pairs_divide_sums() -> None:
+    merged = merge_reports([{"a": torch.tensor(1.0), "b": (4.0, 2)}, {"a": torch.tensor(3.0), "b": (2.0, 4)}])
+    assert merged["a"].tolist() == [4.0, 2.0]
+    assert merged["b"].tolist() == [6.0, 6.0]
+
+
+def quotients_of_rank() -> list[float]:
+    import torch.distributed as dist
+
+    from mindspeed_mm.distributed import state
+
+    rank = dist.get_rank()
+    state.initialize(None, state.RankInfo.from_environment(), backend="gloo", timeout=None)
+    # mean of 1 and 3; 10 of rank 0's 2 tokens with 20 of rank 1's 8 tokens; nothing to divide by
+    pairs = torch.tensor([[1.0 + 2 * rank, 1.0], [10.0 * (rank + 1), 2.0 + 6 * rank], [0.0, 0.0]])
+    return read_quotients(pairs)
+
+
+def test_quotients_over_ranks(ranks2: RankPool) -> None:
+    assert ranks2.run(quotients_of_rank) == [[2.0, 3.0, 0.0]] * 2
+
+
+def write_log(folder: str) -> None:
+    from mindspeed_mm.distributed import state
+
+    state.initialize(None, state.RankInfo.from_environment(), backend="gloo", timeout=None)
+    log = TrainingLog(
+        train_iters=4,
+        log_interval=2,
+        global_batch_size=8,
+        metrics_path=Path(folder) / "metrics.jsonl",
+        start_iteration=0,
+        tensorboard_dir=f"{folder}/tensorboard",
+        tensorboard_interval=1,
+        flops_per_token=None,
+    )
+    for i in range(1, 4):
+        values = merge_reports([{"loss": torch.tensor(1 / 3, dtype=torch.float64)}])
+        log.add(StepRecord(i, 8 * i, 1e-3, values, torch.tensor(2.0), 0.5, 0.1, 100, False))
+    log.close()
+
+
+def test_metrics_have_every_step_with_full_precision(ranks2: RankPool, tmp_path: Path) -> None:
+    ranks2.run(write_log, str(tmp_path))
+    rows = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == [1, 2, 3]
+    assert rows[0]["loss"] == 1 / 3
+    assert rows[0]["tokens"] == 200  # both ranks'
+    expected = {"grad_norm": 2.0, "learning_rate": 1e-3, "step_time": 0.5, "data_wait_time": 0.1, "samples": 8}
+    assert {key: rows[0][key] for key in expected} == expected
+    assert rows[0]["tokens_per_second"] == pytest.approx(400)
+    assert rows[0]["memory_bytes"] > 0
+    assert list((tmp_path / "tensorboard").glob("events*"))
