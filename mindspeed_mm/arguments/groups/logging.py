@@ -1,0 +1,16 @@
+"""What a run reports."""
+
+from __future__ import annotations
+
+from mindspeed_mm.arguments.flag import PATH, SWITCH, Flag, Group, integer
+
+LOGGING = Group(
+    "logging",
+    (
+        Flag("--log-interval", integer(1), 100, "steps between log lines"),
+        Flag("--log-throughput", SWITCH, False, "add TFLOP/s per device to the log line"),
+        Flag("--log-tps", SWITCH, False, "add 'tokens per sample' to the log line"),
+        Flag("--tensorboard-dir", PATH, None, "write TensorBoard events here"),
+        Flag("--tensorboard-log-interval", integer(1), 1, "steps between events", needs="--tensorboard-dir"),
+    ),
+)
