@@ -19,10 +19,12 @@ from mindspeed_mm.accelerator.device import (
     wants_pinned_memory,
 )
 from mindspeed_mm.accelerator.megatron_core import load_megatron_core
+from mindspeed_mm.accelerator.numerics import allow_tf32, use_deterministic_algorithms
 from mindspeed_mm.accelerator.profiling import memory_history, memory_snapshot, profiler_activities
 from mindspeed_mm.accelerator.rng import rng_state, seed_all, set_rng_state
 
 __all__ = [
+    "allow_tf32",
     "default_backend",
     "device",
     "device_count",
@@ -42,5 +44,6 @@ __all__ = [
     "set_device",
     "set_rng_state",
     "synchronize",
+    "use_deterministic_algorithms",
     "wants_pinned_memory",
 ]

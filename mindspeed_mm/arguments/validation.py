@@ -46,8 +46,7 @@ def validate_args(args: Namespace, world_size: int) -> None:
     args.consumed_train_samples = 0
     _derive_batches(args)
     _derive_duration(args)
-    if not args.skip_train:
-        _derive_schedule(args)
+    _derive_schedule(args)
     _derive_weight_decay(args)
 
 
@@ -170,6 +169,8 @@ def _derive_duration(args: Namespace) -> None:
 
 
 def _derive_schedule(args: Namespace) -> None:
+    if args.skip_train:  # nothing is scheduled, but an optimizer needs some learning rate to be built
+        args.lr, args.train_iters = args.lr or 0.0, max(args.train_iters, 1)
     if args.lr_decay_iters is None:
         args.lr_decay_iters = args.train_iters
     batch, decay = args.global_batch_size, args.lr_decay_iters

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from mindspeed_mm import accelerator
 from mindspeed_mm.checkpoint import store
 from mindspeed_mm.checkpoint.hf_export import export_hf
 from mindspeed_mm.checkpoint.hf_import import load_hf_weights
+from mindspeed_mm.checkpoint.publish import TRACKER
 from mindspeed_mm.distributed.state import print_rank_0, warn_rank_0
 from mindspeed_mm.optimizer.schedule import Schedule
 
@@ -36,30 +38,32 @@ class Checkpointer:
         self._consumed_samples = 0
 
     def load(self) -> tuple[int, int]:
-        """Load what ``--load`` names, else the model's own initial weights.
+        """Load the newest checkpoint under ``--auto-resume``, else what ``--load`` names, else initial weights.
 
         Returns:
             The iteration and the number of consumed training samples to continue from.
 
         Raises:
-            UserError: ``--load`` holds no checkpoint and ``--auto-resume`` was not given, or it does not fit.
+            UserError: what is to be loaded holds no checkpoint, or one that does not fit.
         """
         args = self.args
-        if not args.load or (args.auto_resume and not store.exists(args.load, args.ckpt_step)):
+        resumes = args.auto_resume and args.save is not None and (Path(args.save) / TRACKER).is_file()
+        folder = args.save if resumes else args.load
+        if folder is None:
             self._load_initial_weights()
             return 0, 0
-        fresh = args.finetune
         loaded = store.load(
-            args.load,
+            folder,
             model=self.model,
-            optimizer=None if args.no_load_optim or fresh else self.optimizer,
+            optimizer=None if args.no_load_optim else self.optimizer,
             strict=args.load_strict,
-            step=args.ckpt_step,
+            step=None if resumes else args.ckpt_step,
+            finetune=args.finetune and not resumes,
         )
         print_rank_0(f" loading checkpoint from {loaded.path} at iteration {loaded.iteration}")
         for warning in loaded.warnings:
             warn_rank_0(warning)
-        if fresh or loaded.released:
+        if not loaded.extra:  # weights only
             return 0, 0
         if not args.no_load_optim and "schedule" in loaded.extra:
             self.schedule.load_state_dict(loaded.extra["schedule"])

@@ -28,5 +28,4 @@ def unwrap_model(model: Any) -> Any:
 
 def get_num_microbatches() -> int:
     """Return the number of micro-batches of a step: global batch / (micro batch * data-parallel size)."""
-    args = get_args()
-    return args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    return int(get_args().num_microbatches)

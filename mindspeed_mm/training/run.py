@@ -22,6 +22,7 @@ from mindspeed_mm.distributed import state
 from mindspeed_mm.distributed.fsdp2 import ShardPlan, prepare_model
 from mindspeed_mm.distributed.meta import meta_init
 from mindspeed_mm.engine.fsdp2 import FSDP2Engine
+from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.plugins import load_plugin
 from mindspeed_mm.optimizer import build_optimizer, build_param_groups, build_schedule, param_group_table
 from mindspeed_mm.tools.mem_profiler import memory_profiler
@@ -54,6 +55,10 @@ def run(
     profiler = Profiler(args.mm.tool.profile)
     memory_profiler.reset(args.mm.tool.memory_profile)
 
+    if args.allow_tf32:
+        accelerator.allow_tf32()
+    if args.use_deter_comp:
+        accelerator.use_deterministic_algorithms()
     accelerator.seed_all(args.seed)
     model, plan = _build_model(args, model_provider)
     engine = _build_engine(args, model, plan)
@@ -84,6 +89,8 @@ def run(
 
 def _prepare_args(provider: Callable[..., Any] | None, defaults: dict[str, Any]) -> Namespace:
     args = parse_args(provider, defaults)
+    if not args.use_torch_fsdp2:
+        raise UserError("--use-torch-fsdp2 is missing: this version trains under FSDP2; add the flag.")
     validate_args(args, state.RankInfo.from_environment().world_size)
     merge_mm_args(args)
     args.params_dtype = _DTYPES[args.params_dtype_name]
@@ -119,6 +126,7 @@ def _build_engine(args: Namespace, model: nn.Module, plan: ShardPlan) -> FSDP2En
         weight_decay_exclude=args.weight_decay_exclude_modules,
         lr_scale=args.lr_scale_modules,
         lr_mult=args.lr_mult,
+        decay_all=args.weight_decay_all,
     )
     for line in param_group_table(groups, args.lr, args.weight_decay):
         state.print_rank_0(line)
@@ -145,23 +153,18 @@ def _build_engine(args: Namespace, model: nn.Module, plan: ShardPlan) -> FSDP2En
 
 
 def _build_schedule(args: Namespace, optimizer: torch.optim.Optimizer) -> Any:
-    """Translate the command line's iterations into the samples the schedule counts in."""
-    samples = args.global_batch_size
-    decay = args.lr_decay_iters or args.train_iters
-    warmup = args.lr_warmup_iters if args.lr_warmup_fraction is None else args.lr_warmup_fraction * decay
-    wsd = args.lr_wsd_decay_iters
     return build_schedule(
         optimizer,
         lr=args.lr,
         min_lr=args.min_lr,
         warmup_init=args.lr_warmup_init,
-        warmup_samples=warmup * samples,
-        decay_samples=decay * samples,
+        warmup_samples=args.lr_warmup_steps,
+        decay_samples=args.lr_decay_steps,
         decay_style=args.lr_decay_style,
         weight_decay=(args.start_weight_decay, args.end_weight_decay),
         weight_decay_style=args.weight_decay_incr_style,
-        weight_decay_samples=args.train_iters * samples,
-        wsd_decay_samples=None if wsd is None else wsd * samples,
+        weight_decay_samples=args.train_iters * args.global_batch_size,
+        wsd_decay_samples=args.lr_wsd_decay_steps,
         wsd_decay_style=args.lr_wsd_decay_style,
         use_checkpoint=args.use_checkpoint_opt_param_scheduler,
         override=args.override_opt_param_scheduler,
@@ -197,7 +200,7 @@ def _build_trainer(
         forward_step=forward_step,
         train_iterator=train if train is not None else CyclicIterator([None]),
         valid_iterator=valid,
-        num_microbatches=args.global_batch_size // (args.micro_batch_size * args.data_parallel_size),
+        num_microbatches=args.num_microbatches,
         global_batch_size=args.global_batch_size,
         cadence=Cadence(
             train_iters=args.train_iters,
