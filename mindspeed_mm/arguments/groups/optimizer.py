@@ -5,9 +5,6 @@ from __future__ import annotations
 from mindspeed_mm.arguments.flag import SWITCH, TEXTS, Flag, Group, Inert, Refused, integer, one_of, real
 
 _NO_MUON = Refused("Muon is not supported; use adam or sgd", allowed=("sgd",))
-_NO_EMA = Refused(
-    "averaged weights are not supported; use fused_adamw or fused_torch_adamw", allowed=("fused_torch_adamw",)
-)
 
 LEARNING_RATE = Group(
     "learning rate",
@@ -62,7 +59,6 @@ OPTIMIZER = Group(
             one_of("fused_adamw", "fused_torch_adamw", "fused_ema_adamw"),
             "fused_adamw",
             "AdamW implementation",
-            fsdp2=_NO_EMA,
             needs="--optimizer adam",
         ),
         Flag("--adam-beta1", real(0, 1), 0.9, "decay of the first moment"),
