@@ -20,11 +20,9 @@ def road_of(args: Namespace) -> str:
 def validate_args(args: Namespace, world_size: int) -> None:
     """Check ``args`` as a whole and fill in what follows from it, in place.
 
-    Sets ``world_size``, ``rank`` and ``local_rank``; ``data_parallel_size``, ``global_batch_size`` and
-    ``num_microbatches``; ``params_dtype_name`` ("fp32", "bf16" or "fp16"); ``train_iters`` and ``lr_decay_iters`` in
-    steps; ``lr_warmup_steps``, ``lr_decay_steps`` and ``lr_wsd_decay_steps`` in samples, the unit of Megatron-Core's
-    ``OptimizerParamScheduler``; ``start_weight_decay`` and ``end_weight_decay``; ``iteration`` and
-    ``consumed_train_samples`` at zero.
+    Sets ``world_size``, ``rank``, ``local_rank`` and ``data_parallel_size``; ``global_batch_size`` in samples;
+    ``params_dtype_name`` ("fp32", "bf16" or "fp16"); ``train_iters`` and ``lr_decay_iters`` in steps;
+    ``start_weight_decay`` and ``end_weight_decay``; ``iteration`` and ``consumed_train_samples`` at zero.
 
     Args:
         args: The result of :func:`parse_args`.
@@ -46,8 +44,8 @@ def validate_args(args: Namespace, world_size: int) -> None:
     args.consumed_train_samples = 0
     _derive_batches(args)
     _derive_duration(args)
-    _derive_schedule(args)
-    _derive_weight_decay(args)
+    if args.weight_decay_incr_style == "constant":
+        args.start_weight_decay = args.end_weight_decay = args.weight_decay
 
 
 def _stop_at(*problems: str) -> None:
@@ -164,17 +162,14 @@ def _derive_duration(args: Namespace) -> None:
                 f"--train-samples {args.train_samples} is less than one global batch of {args.global_batch_size}; "
                 "raise it, or lower --global-batch-size"
             )
-    elif args.train_iters is None:
-        args.train_iters = 0
-
-
-def _derive_schedule(args: Namespace) -> None:
-    if args.skip_train:  # nothing is scheduled, but an optimizer needs some learning rate to be built
-        args.lr, args.train_iters = args.lr or 0.0, max(args.train_iters, 1)
+    if args.skip_train:  # nothing is scheduled, but an optimizer and its schedule are built all the same
+        args.lr, args.min_lr, args.lr_warmup_init = 0.0, 0.0, 0.0
+        args.train_iters, args.lr_decay_iters, args.lr_decay_style = 1, 1, "constant"
+        return
     if args.lr_decay_iters is None:
         args.lr_decay_iters = args.train_iters
-    batch, decay = args.global_batch_size, args.lr_decay_iters
-    fraction, fall = args.lr_warmup_fraction, args.lr_wsd_decay_iters
+
+    decay, fraction, fall = args.lr_decay_iters, args.lr_warmup_fraction, args.lr_wsd_decay_iters
     warmup = args.lr_warmup_iters if fraction is None else fraction * decay
     shown = f"--lr-warmup-iters {warmup}" if fraction is None else f"--lr-warmup-fraction {fraction} ({warmup:g} steps)"
     if warmup >= decay:
@@ -184,11 +179,3 @@ def _derive_schedule(args: Namespace) -> None:
             f"--lr-wsd-decay-iters {fall} and {shown} are together longer than the {decay} steps of --lr-decay-iters "
             "or --train-iters; shorten one"
         )
-    args.lr_decay_steps = decay * batch
-    args.lr_warmup_steps = warmup * batch
-    args.lr_wsd_decay_steps = None if fall is None else fall * batch
-
-
-def _derive_weight_decay(args: Namespace) -> None:
-    if args.weight_decay_incr_style == "constant":
-        args.start_weight_decay = args.end_weight_decay = args.weight_decay

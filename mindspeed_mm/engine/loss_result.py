@@ -32,7 +32,8 @@ class LossResult:
 def read_loss(result: Any) -> LossResult:
     """Accept the three documented return forms of ``loss_func``.
 
-    A loss without a report, or with an empty one, is logged as ``loss``. The loss may have shape ``()`` or any shape of one element.
+    A loss without a report, or with an empty one, is logged as ``loss``. The loss may have any shape of
+    one element.
 
     Raises:
         UserError: the value has none of these forms.

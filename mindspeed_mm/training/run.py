@@ -153,18 +153,23 @@ def _build_engine(args: Namespace, model: nn.Module, plan: ShardPlan) -> FSDP2En
 
 
 def _build_schedule(args: Namespace, optimizer: torch.optim.Optimizer) -> Any:
+    """Translate the command line's iterations into the samples the schedule counts in."""
+    batch, wsd = args.global_batch_size, args.lr_wsd_decay_iters
+    warmup = args.lr_warmup_iters
+    if args.lr_warmup_fraction is not None:
+        warmup = args.lr_warmup_fraction * args.lr_decay_iters
     return build_schedule(
         optimizer,
         lr=args.lr,
         min_lr=args.min_lr,
         warmup_init=args.lr_warmup_init,
-        warmup_samples=args.lr_warmup_steps,
-        decay_samples=args.lr_decay_steps,
+        warmup_samples=warmup * batch,
+        decay_samples=args.lr_decay_iters * batch,
         decay_style=args.lr_decay_style,
         weight_decay=(args.start_weight_decay, args.end_weight_decay),
         weight_decay_style=args.weight_decay_incr_style,
-        weight_decay_samples=args.train_iters * args.global_batch_size,
-        wsd_decay_samples=args.lr_wsd_decay_steps,
+        weight_decay_samples=args.train_iters * batch,
+        wsd_decay_samples=None if wsd is None else wsd * batch,
         wsd_decay_style=args.lr_wsd_decay_style,
         use_checkpoint=args.use_checkpoint_opt_param_scheduler,
         override=args.override_opt_param_scheduler,

@@ -89,7 +89,7 @@ def test_published_fsdp2_lines_pass(line: list[str]) -> None:
     args = validated(*line, world_size=8)
     assert args.explicit == {FLAGS[word].dest for word in line if word.startswith("--")}
     assert args.lr == 1e-5
-    assert args.num_microbatches == 1
+    assert args.data_parallel_size == 8
 
 
 def test_published_vlm_line_passes() -> None:

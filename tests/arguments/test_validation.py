@@ -38,7 +38,6 @@ def problem(*argv: str, world_size: int = 1) -> str:
         ),
         ("--calculate-square-loss", "--calculate-square-loss", "use --calculate-per-token-loss"),
         ("--optimizer muon", "--optimizer muon", "use adam or sgd"),
-        ("--optimizer-selection fused_ema_adamw", "fused_ema_adamw", "use fused_adamw or fused_torch_adamw"),
         ("--lora-target-modules q_proj v_proj", "--lora-target-modules q_proj v_proj", "freeze parts in model.json"),
         ("--downcast-to-bf16", "--downcast-to-bf16", "param_dtype: bf16"),
         ("--stage ray_grpo", "--stage ray_grpo", "remove it"),
@@ -102,7 +101,7 @@ def test_one_device_connection_is_refused_with_fsdp2(monkeypatch: pytest.MonkeyP
 
 def test_global_batch() -> None:
     assert validated(*FSDP2, "--micro-batch-size", "3", world_size=4).global_batch_size == 12
-    assert validated(*FSDP2, "--global-batch-size", "12", world_size=4).num_microbatches == 3
+    assert validated(*FSDP2, "--global-batch-size", "12", world_size=4).data_parallel_size == 4
     message = problem(*FSDP2, "--micro-batch-size", "2", "--global-batch-size", "10", world_size=4)
     assert message == (
         "command line: --global-batch-size 10 is not a multiple of --micro-batch-size 2 x 4 data-parallel ranks = 8; "
@@ -120,12 +119,11 @@ def test_megatron_sizes_divide_the_job() -> None:
     assert "--expert-model-parallel-size 3 does not divide the 4 data-parallel x 1" in message
 
 
-def test_schedule_is_in_samples() -> None:
-    args = validated(*FSDP2, "--global-batch-size", "8", "--lr-warmup-fraction", "0.1", "--lr-decay-iters", "50")
-    assert (args.lr_decay_steps, args.lr_warmup_steps, args.lr_wsd_decay_steps) == (400, 40, None)
-    line = "--lr-decay-style WSD --lr-wsd-decay-iters 10 --lr-warmup-iters 5 --global-batch-size 2"
-    args = validated(*FSDP2, *shlex.split(line))
-    assert (args.lr_decay_steps, args.lr_warmup_steps, args.lr_wsd_decay_steps) == (200, 10, 20)
+def test_decay_lasts_as_long_as_training() -> None:
+    assert validated(*FSDP2).lr_decay_iters == 100
+    assert validated(*FSDP2, "--lr-decay-iters", "50", "--lr-warmup-fraction", "0.99").lr_decay_iters == 50
+    line = "--lr-decay-style WSD --lr-wsd-decay-iters 90 --lr-warmup-iters 10"
+    assert validated(*FSDP2, *shlex.split(line)).lr_decay_iters == 100
 
 
 def test_length_in_samples() -> None:
@@ -137,7 +135,7 @@ def test_length_in_samples() -> None:
 
 def test_evaluation_alone_needs_neither_rate_nor_length() -> None:
     args = validated("--use-torch-fsdp2", "--skip-train")
-    assert (args.train_iters, args.lr) == (0, None)
+    assert (args.train_iters, args.lr, args.lr_decay_style) == (1, 0.0, "constant")
 
 
 def test_weight_decay_ends() -> None:

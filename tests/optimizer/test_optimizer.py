@@ -42,7 +42,7 @@ def test_keywords() -> None:
 
 def test_a_keyword_that_matches_nothing_is_an_error() -> None:
     module = nn.ModuleDict({"visual": nn.Linear(2, 2)})
-    with pytest.raises(UserError, match="--lr-scale-modules: 'visal'.*Did you mean 'visual'"):
+    with pytest.raises(UserError, match=r"--lr-scale-modules: 'visal'.*Did you mean 'visual'"):
         build_param_groups(module.named_parameters(), lr_scale=["visal"])
 
 
