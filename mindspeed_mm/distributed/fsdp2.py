@@ -1,0 +1,313 @@
+"""Sharding by PyTorch FSDP2 as ``fsdp2_config.yaml`` describes it.
+
+The order matters and is fixed here: recompute is put on the modules first, then every listed module is wrapped by
+``fully_shard`` from the leaves up, the root last, and then prefetching and the gradient reduction are set.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+
+from mindspeed_mm import accelerator
+from mindspeed_mm.configs.fsdp2 import Fsdp2Config, load_fsdp2_config
+from mindspeed_mm.distributed.patterns import resolve_all, summarise
+from mindspeed_mm.distributed.recompute import recompute
+from mindspeed_mm.distributed.shard_plan import ShardPlan, describe
+from mindspeed_mm.distributed.units import no_split_modules, post_order, wrap_order
+from mindspeed_mm.errors import UserError
+
+_DTYPES = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_DEFAULTS_OF_MISSING_FEATURES = {
+    "expert_parallel_size": 1,
+    "moe_modules": None,
+    "reshard_local_experts": True,
+    "align_fsdp_param_groups": False,
+}
+
+
+def apply_fsdp2(module: nn.Module, config: Fsdp2Config, process_group: dist.ProcessGroup | None = None) -> ShardPlan:
+    """Shard ``module`` in place as ``config`` says; paths in the config start at ``module``.
+
+    Args:
+        module: any module, with real or meta parameters, some of them frozen or tied.
+        config: the typed ``fsdp2_config.yaml``.
+        process_group: the data-parallel group; default all ranks.
+
+    Raises:
+        UserError: a value of the config does not fit the model or the world.
+    """
+    sharding = Sharding(module, config, process_group)
+    sharding.apply()
+    return sharding.finish()
+
+
+def prepare_model(
+    model: nn.Module, process_group: dist.ProcessGroup | None = None, fsdp2_config_path: str | None = None
+) -> ShardPlan:
+    """Shard ``model`` the way it wants to be sharded: by its own override if it has one, else by ``apply_fsdp2``.
+
+    The override is the first of these methods the model has: ``fully_shard(process_group, fsdp2_config_path, **kw)``,
+    ``fully_shard()``, ``_fully_shard(fsdp2_kwargs, fsdp2_config)``. The last two find ``self.fsdp2_config`` and
+    ``self.fsdp2_kwargs`` set. One that returns something falsy and wrapped nothing has declined.
+    """
+    sharding = Sharding(model, load_fsdp2_config(fsdp2_config_path), process_group)
+    with sharding.active():
+        if callable(method := getattr(model, "fully_shard", None)):
+            if "fsdp2_config_path" in (names := _parameter_names(method)) or "**" in names:
+                done = method(process_group=process_group, fsdp2_config_path=fsdp2_config_path)
+            else:
+                sharding.expose()
+                done = method()
+        elif callable(method := getattr(model, "_fully_shard", None)):
+            sharding.expose()
+            done = method(sharding.kwargs, sharding.config)
+        else:
+            done = False
+        if not done and not any(isinstance(m, FSDPModule) for m in model.modules()):
+            sharding.apply()
+    return sharding.finish()
+
+
+class Sharding:
+    """One module on its way from plain to sharded.
+
+    ``apply()`` is the whole default flow. A model with a strategy of its own calls the steps it wants, between
+    ``active()`` and ``finish()``.
+
+    Attributes:
+        kwargs: what ``fully_shard`` is called with: ``mesh``, ``mp_policy``, ``reshard_after_forward``,
+            ``offload_policy`` and ``ignored_params``.
+        notes: lines for the plan.
+    """
+
+    _stack: list[Sharding] = []  # noqa: RUF012 - deliberately shared: it holds what is being sharded right now
+
+    def __init__(self, module: nn.Module, config: Fsdp2Config, process_group: dist.ProcessGroup | None = None) -> None:
+        self.module = module
+        self.config = config
+        self.group = process_group if process_group is not None else dist.group.WORLD
+        # A model may pass the work on to a part of itself: what is noted there belongs to the same plan.
+        self.notes: list[str] = self._stack[-1].notes if self._stack else []
+        self._leader: dict[nn.Module, nn.Module] = {}
+        for key, default in _DEFAULTS_OF_MISSING_FEATURES.items():
+            if (value := getattr(config, key)) not in (default, []):
+                raise UserError(f"fsdp2 config, {key}: {value!r} is not available yet on this road; leave the key out.")
+
+    @classmethod
+    def current(cls) -> Sharding:
+        """The module being sharded right now, for helpers that are called without one."""
+        if not cls._stack:
+            raise UserError("This helper was called without a module, and no model is being sharded right now.")
+        return cls._stack[-1]
+
+    @classmethod
+    def depth(cls) -> int:
+        """How many models hand the work of sharding down at this moment; 0 outside of any."""
+        return len(cls._stack)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Make this the current one."""
+        self._stack.append(self)
+        try:
+            yield
+        finally:
+            self._stack.pop()
+
+    def expose(self) -> None:
+        """Set ``fsdp2_config`` and ``fsdp2_kwargs`` on the module, where overrides read them."""
+        self.module.fsdp2_config = self.config
+        self.module.fsdp2_kwargs = self.kwargs
+
+    def apply(self) -> None:
+        """The default flow."""
+        self.recompute()
+        self.wrap()
+        self.prefetch(self.config.num_to_forward_prefetch, self.config.num_to_backward_prefetch)
+
+    def recompute(self) -> None:
+        """Recompute the activations of ``recompute_modules``."""
+        modules = self._runnable("recompute_modules")
+        for module in modules.values():
+            recompute(module)
+        if modules and self.config.use_reentrant and "use_reentrant" in self.config.model_fields_set:
+            self.notes.append(
+                "use_reentrant: true runs as false: same gradients, and none are lost where no input needs a gradient"
+            )
+
+    def wrap(self) -> None:
+        """Give each of ``sub_modules_to_wrap`` to ``fully_shard``, from the leaves up, and the root last."""
+        ignored = {part for module in self.ignored_modules.values() for part in module.modules()}
+        if self.config.sub_modules_to_wrap is None:
+            units = {p: m for p, m in no_split_modules(self.module).items() if m not in ignored}
+            found = ", ".join(f"{pattern} ({len(paths)})" for pattern, paths in summarise(units).items())
+            wrapped = f"wrapped its _no_split_modules, {found}" if units else "it names no _no_split_modules: root only"
+            self.notes.append(f"sub_modules_to_wrap is left out, {type(self.module).__name__} decides: {wrapped}")
+        else:
+            units = self._runnable("sub_modules_to_wrap")
+            if both := [path for path, module in units.items() if module in ignored]:
+                raise UserError(
+                    f"fsdp2 config: '{both[0]}' is in sub_modules_to_wrap and inside ignored_modules; take one out."
+                )
+        # Only the model's own output is cast: layers in between keep handing on the compute dtype.
+        inner = {**self.kwargs, "mp_policy": replace(self.kwargs["mp_policy"], output_dtype=None)}
+        for group in wrap_order(self.module, units, self.kwargs.get("ignored_params", set())):
+            fully_shard(group if len(group) > 1 else group[0], **inner)
+            self._leader.update(dict.fromkeys(group, group[0]))
+        fully_shard(self.module, **self.kwargs)
+
+    def prefetch(self, forward: int, backward: int) -> None:
+        """Let each wrapped module gather the parameters of the next ``forward`` ones, ``backward`` ones in backward.
+
+        The order is that of registration, which is the order of execution in all usual models. Zero keeps FSDP2's
+        own prefetching: none in forward, the next module in backward.
+        """
+        if forward:
+            for unit, following in self._each_with_next(self.module.modules(), forward):
+                unit.set_modules_to_forward_prefetch(following)
+        if backward:
+            for unit, following in self._each_with_next(reversed(list(post_order(self.module))), backward):
+                unit.set_modules_to_backward_prefetch(following)
+
+    def finish(self) -> ShardPlan:
+        """Set the gradient reduction of everything that was wrapped, place the rest, and say what was done."""
+        reduction = "mean"
+        if hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+            # Plain sums are what every collective library has: gloo and HCCL know no PREMUL_SUM.
+            reduction = "sum"
+            for module in self.module.modules():
+                if isinstance(module, FSDPModule):
+                    module.set_force_sum_reduction_for_comms(True)
+                    module.set_gradient_divide_factor(1.0)
+        device = accelerator.device()
+        self.module._apply(lambda t: t if isinstance(t, DTensor) or t.is_meta else t.to(device))
+        return describe(
+            self.module,
+            reduction=reduction,
+            shard_device=torch.device("cpu") if self.config.offload_to_cpu else device,
+            mesh=self._mesh_in_words,
+            notes=self.notes,
+        )
+
+    @cached_property
+    def ignored_modules(self) -> dict[str, nn.Module]:
+        """The modules kept out of FSDP: whole on every rank, their gradients left to the engine."""
+        return resolve_all(self.module, self.config.ignored_modules, "ignored_modules")
+
+    @cached_property
+    def kwargs(self) -> dict[str, Any]:
+        """Keyword arguments of ``fully_shard``."""
+        kwargs: dict[str, Any] = {
+            "mesh": self._mesh(),
+            "mp_policy": self._mp_policy(),
+            "reshard_after_forward": self._reshard_after_forward(),
+            "offload_policy": self._offload_policy(),
+        }
+        if ignored := {param for module in self.ignored_modules.values() for param in module.parameters()}:
+            kwargs["ignored_params"] = ignored
+        return kwargs
+
+    @cached_property
+    def _shard_size(self) -> int:
+        world, size = dist.get_world_size(self.group), self.config.sharding_size
+        size = {None: 1, "auto": world}.get(size, size)
+        if size < 1 or world % size:
+            raise UserError(
+                f"fsdp2 config, sharding_size: {size} does not divide the {world} data-parallel ranks; "
+                f"use auto (= {world}) or a divisor of {world}."
+            )
+        return size
+
+    def _mesh(self) -> DeviceMesh:
+        world = dist.get_world_size(self.group)
+        if self._shard_size == world:
+            return DeviceMesh.from_group(self.group, accelerator.device_type(), mesh_dim_names=("shard",))
+        # On this road the data-parallel group is the whole world, so every rank builds the same groups here.
+        ranks = torch.tensor(dist.get_process_group_ranks(self.group)).view(-1, self._shard_size)
+        return DeviceMesh(accelerator.device_type(), ranks, mesh_dim_names=("replicate", "shard"))
+
+    @property
+    def _mesh_in_words(self) -> str:
+        world = dist.get_world_size(self.group)
+        return f"{world} ranks, {world // self._shard_size} replicas of {self._shard_size} shards"
+
+    def _mp_policy(self) -> MixedPrecisionPolicy:
+        config = self.config
+        reduce_dtype = config.reduce_dtype
+        if reduce_dtype is None and config.param_dtype in ("bf16", "fp16"):
+            # FSDP2 also accumulates unreduced micro-batches in this dtype; in 16 bits that loses gradient.
+            reduce_dtype = "fp32"
+            self.notes.append("reduce_dtype is left out: gradients are accumulated and reduced in fp32")
+        return MixedPrecisionPolicy(
+            param_dtype=_DTYPES[config.param_dtype],
+            reduce_dtype=_DTYPES[reduce_dtype],
+            output_dtype=_DTYPES[config.output_dtype],
+            cast_forward_inputs=config.cast_forward_inputs,
+        )
+
+    def _reshard_after_forward(self) -> bool | int:
+        value = self.config.reshard_after_forward
+        if not isinstance(value, bool) and (value < 1 or self._shard_size % value):
+            raise UserError(
+                f"fsdp2 config, reshard_after_forward: {value} does not divide the shard size {self._shard_size}; "
+                f"use true, false or a divisor of it."
+            )
+        return value
+
+    def _offload_policy(self) -> OffloadPolicy:
+        if not self.config.offload_to_cpu:
+            return OffloadPolicy()
+        if accelerator.is_cpu():
+            if self.config.pin_memory:
+                self.notes.append("pin_memory: true has no use on a host without accelerator and is left out")
+            return CPUOffloadPolicy(pin_memory=False)
+        if "cpu:" not in (backends := dist.get_backend_config(self.group)):
+            raise UserError(
+                f"fsdp2 config, offload_to_cpu: true also needs a backend for tensors on the host, found only "
+                f"{backends}; pass --distributed-backend {backends},cpu:gloo."
+            )
+        return CPUOffloadPolicy(pin_memory=self.config.pin_memory)
+
+    def _runnable(self, key: str) -> dict[str, nn.Module]:
+        """Resolve the patterns of ``key`` to modules whose ``forward`` is called, so that hooks on it run."""
+        modules = resolve_all(self.module, getattr(self.config, key), key)
+        for path, module in modules.items():
+            if type(module).forward is nn.Module.forward:
+                raise UserError(
+                    f"fsdp2 config, {key}: '{path}' is a {type(module).__name__}, which has no forward of its own; "
+                    f"write '{path}.{{*}}' for the modules in it."
+                )
+        return modules
+
+    def _each_with_next(self, order: Iterable[nn.Module], n: int) -> Iterator[tuple[FSDPModule, list[FSDPModule]]]:
+        # Modules wrapped together are one unit; the first of them speaks for all.
+        units: dict[FSDPModule, None] = {}
+        for module in order:
+            if isinstance(module, FSDPModule) and module is not self.module:
+                units.setdefault(self._leader.get(module, module))
+        leaders = list(units)
+        for i, unit in enumerate(leaders):
+            yield unit, leaders[i + 1 : i + 1 + n]
+
+
+def _parameter_names(method: Callable[..., Any]) -> set[str]:
+    parameters = inspect.signature(method).parameters.values()
+    return {"**" if p.kind is p.VAR_KEYWORD else p.name for p in parameters}
