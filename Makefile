@@ -1,0 +1,67 @@
+# Every target does its own set-up: all it needs is Python 3.11 or later and a package registry.
+#
+#   make quickstart    train a small vision-language model on handwritten digits, evaluate it, kill and resume a run
+#   make test          lint and the test suite; what continuous integration runs
+#   make test-unit     the tests that start no other process group
+#   make test-all      also the slow matrices
+#   make test-pinned   the suite on the oldest supported set (torch 2.7.1, megatron-core 0.12.1); 6 GB, on demand
+#   make lint          ruff, mypy, import layers, device names
+#   make clean         remove the environments and what the quickstart wrote
+#
+# PYTHON=/path/to/python picks the interpreter, VENV=folder the environment, PYTEST_ARGS='-k name' what is tested.
+
+# The first name on this list that starts and is new enough; an empty answer is reported by the .venv rule.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v "$$p" && break; done)
+VENV ?= .venv
+PINNED_VENV ?= .venv-pinned
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+
+.PHONY: help quickstart test test-unit test-all test-pinned lint clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
+
+quickstart: $(VENV)/.installed-quickstart
+	PATH="$(abspath $(BIN)):$$PATH" python examples/quickstart/run.py
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-unit: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not ranks" $(PYTEST_ARGS)
+
+test-all: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-pinned: $(PINNED_VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(PINNED_VENV)/bin/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m pytest tests/test_architecture.py
+
+# Byte-compiling torch and transformers takes longer than fetching them; the few modules in use compile on import.
+INSTALL = -m pip install --quiet --disable-pip-version-check --no-compile
+
+$(VENV)/.installed-quickstart: EXTRAS = quickstart
+$(VENV)/.installed-test: EXTRAS = test,quickstart,report,tensorboard,lora
+$(VENV)/.installed-%: constraints.txt pyproject.toml | $(BIN)/python
+	$(BIN)/python $(INSTALL) --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@
+
+$(PINNED_VENV)/.installed-test: constraints-pinned.txt pyproject.toml | $(PINNED_VENV)/bin/python
+	$(PINNED_VENV)/bin/python $(INSTALL) --constraint constraints-pinned.txt --editable '.[test,quickstart,report,tensorboard,lora]'
+	@touch $@
+
+$(BIN)/python $(PINNED_VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or later found: install one, or say where it is with make PYTHON=..." >&2; exit 1; }
+	"$(PYTHON)" -m venv $(@:/bin/python=)
+
+clean:
+	rm -rf $(VENV) $(PINNED_VENV) runs
