@@ -1,0 +1,57 @@
+"""The data set of type ``huggingface``: conversations with images, encoded when they are fetched."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils.data import Dataset
+
+from mindspeed_mm.data.conversations import ConversationFiles
+from mindspeed_mm.data.encoding import ConversationEncoder
+from mindspeed_mm.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
+
+
+class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
+    """Map-style data set of conversations.
+
+    Args:
+        rows: table made by ``read_conversations``.
+        files: where the rows came from.
+        encoder: makes tensors of a row.
+    """
+
+    def __init__(self, rows: datasets.Dataset, files: ConversationFiles, encoder: ConversationEncoder) -> None:
+        self.rows = rows
+        self.files = files
+        self.encoder = encoder
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """Decode and encode one row; see ``ConversationEncoder.encode``."""
+        row = self.rows[index]
+        return self.encoder.encode(row["messages"], row["images"], self.files.where(row["file"], row["row"]))
+
+    def train_test_split(self, test_size: float, seed: int) -> dict[str, ConversationDataset]:
+        """Split at random, the same way for the same seed.
+
+        Args:
+            test_size: share of the rows that go to ``"test"``, in (0, 1).
+            seed: of the split.
+
+        Returns:
+            ``{"train": ..., "test": ...}``, as ``datasets.Dataset.train_test_split`` does.
+
+        Raises:
+            UserError: one of the parts would be empty.
+        """
+        try:
+            parts = self.rows.train_test_split(test_size=test_size, seed=seed)
+        except ValueError as error:
+            raise UserError(f"basic_parameters.val_rate: {test_size} of {len(self)} rows: {error}") from None
+        return {name: ConversationDataset(rows, self.files, self.encoder) for name, rows in parts.items()}

@@ -1,0 +1,171 @@
+"""Turn one conversation into the tensors a model trains on."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mindspeed_mm.data.images import load_image
+from mindspeed_mm.data.processors import load_processor
+from mindspeed_mm.data.prompts import ChatRenderer, Prompt
+from mindspeed_mm.errors import UserError
+
+IGNORE_INDEX = -100
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EncodingOptions:
+    """How to encode; names are those of data.json.
+
+    Attributes:
+        folder: ``preprocess_parameters.model_name_or_path``.
+        seq_length: the longest sample, in tokens; None for no limit.
+    """
+
+    folder: str
+    trust_remote_code: bool = False
+    enable_thinking: bool = True
+    seq_length: int | None = None
+    train_on_prompt: bool = False
+    mask_history: bool = False
+    image_max_pixels: int = 768 * 768
+    image_min_pixels: int = 32 * 32
+    crop_to_patches: bool = False
+
+
+class ConversationEncoder:
+    """Renders, tokenizes and labels conversations with the model's own processor.
+
+    Labels are the token itself where the assistant speaks (content and end-of-turn token) and ``IGNORE_INDEX``
+    elsewhere; image tokens never carry a label. A sample longer than ``seq_length`` loses its end, with one warning
+    per process; it is an error if that would cut into an image or leave nothing to learn.
+    """
+
+    def __init__(self, options: EncodingOptions) -> None:
+        """Load the processor and probe its chat template.
+
+        Raises:
+            UserError: the folder has no usable processor or template.
+        """
+        self.options = options
+        self._load()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Processors are classes of ours without their video part, which pickle cannot name: a spawned worker loads
+        # its own from the folder.
+        return {"options": self.options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.options = state["options"]
+        self._load()
+
+    def _load(self) -> None:
+        self.processor = load_processor(self.options.folder, self.options.trust_remote_code)
+        self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        self._takes_images = hasattr(self.processor, "image_processor")
+        self._renderer = ChatRenderer(self.processor, self.options.enable_thinking)
+        self._image_options = {}
+        if self._takes_images and hasattr(self.processor.image_processor, "crop_to_patches"):
+            self._image_options["crop_to_patches"] = self.options.crop_to_patches
+        self._warned = False
+
+    def encode(self, messages: list[dict[str, str]], images: list[str], where: str) -> dict[str, torch.Tensor]:
+        """Return the model inputs of one conversation.
+
+        Args:
+            messages: ``{"role", "content"}`` turns, user and assistant after an optional system turn.
+            images: absolute paths, one per placeholder in ``messages``.
+            where: names the row in errors.
+
+        Returns:
+            ``input_ids``, ``attention_mask``, ``labels`` and whatever else the processor gives per token, each of
+            shape (L,) and int64; ``pixel_values`` and, for the families that have it, ``image_grid_thw`` as the
+            processor gives them.
+
+        Raises:
+            UserError: an image cannot be decoded, or the processor, the template or the length refuses the row.
+        """
+        if images and not self._takes_images:
+            raise UserError(f"{where}: the row has images but the model in {self.options.folder} only reads text")
+        options = self.options
+        pictures = [load_image(path, where, options.image_max_pixels, options.image_min_pixels) for path in images]
+        try:
+            prompt = self._renderer.render(messages)
+            return self._shorten(*self._tokenize(prompt, pictures), where)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        except Exception as error:  # templates and processors are the model's own code
+            raise UserError(f"{where}: the model's processor refuses this row: {error}") from error
+
+    def _tokenize(self, prompt: Prompt, pictures: list[Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Return the sample and a mask (L,) of its image tokens."""
+        text = prompt.text + self._renderer.closing_token
+        turns = [*prompt.turns[:-1], (prompt.turns[-1][0], prompt.turns[-1][1] + len(self._renderer.closing_token))]
+        # As in apply_chat_template: the template has written the special tokens, a second BOS would be wrong.
+        bos = self.tokenizer.bos_token
+        special = self._takes_images and not (bos is not None and text.startswith(bos))
+        kwargs = {"return_tensors": "pt", "return_offsets_mapping": True, "add_special_tokens": special}
+        replaced = []
+        if self._takes_images:
+            if pictures:
+                kwargs.update(images=pictures, **self._image_options)
+            encoded = dict(self.processor(text=[text], return_text_replacement_offsets=True, **kwargs))
+            replaced = (encoded.pop("text_replacement_offsets", None) or [[]])[0]
+            if len(replaced) != len(pictures):
+                raise UserError(
+                    f"the processor placed {len(replaced)} of {len(pictures)} images; needs transformers >= 5.10"
+                )
+        else:
+            encoded = dict(self.tokenizer([text], **kwargs))
+        starts, ends = encoded.pop("offset_mapping")[0].unbind(-1)
+
+        def covers(spans: list[tuple[int, int]]) -> torch.Tensor:
+            mask = torch.zeros(len(starts), dtype=torch.bool)
+            for begin, end in spans:
+                mask |= (starts < end) & (ends > begin)
+            return mask
+
+        # One row was encoded: keys of shape (1, L) are per token, the others belong to the images.
+        length = len(starts)
+        sample = {k: v[0] if v.shape[:2] == (1, length) else v for k, v in encoded.items()}
+        image_tokens = covers([item["new_span"] for item in replaced])
+        target = covers([_moved(span, replaced) for span in (turns[-1:] if self.options.mask_history else turns)])
+        if self.options.train_on_prompt:
+            target[:] = True
+        sample["labels"] = sample["input_ids"].masked_fill(~target | image_tokens, IGNORE_INDEX)
+        return sample, image_tokens
+
+    def _shorten(
+        self, sample: dict[str, torch.Tensor], image_tokens: torch.Tensor, where: str
+    ) -> dict[str, torch.Tensor]:
+        limit, length = self.options.seq_length, len(image_tokens)
+        if limit is None or length <= limit:
+            return sample
+        problem = f"the sample has {length} tokens, --seq-length allows {limit}"
+        if image_tokens[limit:].any():
+            raise UserError(
+                f"{problem} and the cut would go through an image; raise --seq-length, lower image_max_pixels in "
+                "preprocess_parameters, or shorten the row"
+            )
+        if (sample["labels"][:limit] == IGNORE_INDEX).all():
+            raise UserError(
+                f"{problem} and the cut would leave nothing to learn; raise --seq-length or shorten the row"
+            )
+        if not self._warned:
+            self._warned = True
+            logger.warning("%s: %s: its end is cut off. Further cuts are not reported.", where, problem)
+        return {k: v[:limit] if v.ndim == 1 else v for k, v in sample.items()}
+
+
+def _moved(span: tuple[int, int], replaced: list[dict[str, Any]]) -> tuple[int, int]:
+    """Return where a character span of the prompt lies after the processor has expanded the image placeholders."""
+
+    def move(position: int) -> int:
+        grown = (len(item["replacement"]) - len(item["text"]) for item in replaced if item["span"][1] <= position)
+        return position + sum(grown)
+
+    return move(span[0]), move(span[1])

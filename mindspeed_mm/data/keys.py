@@ -1,0 +1,102 @@
+"""Documented keys of data.json that this version does not act on: harmless ones are named once, others refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mindspeed_mm.distributed.state import print_rank_0
+from mindspeed_mm.errors import UserError
+
+_BASIC, _PREPROCESS, _ATTR = "basic_parameters", "preprocess_parameters", "attr"
+
+# (section, keys, why they have no effect)
+_WITHOUT_EFFECT = [
+    (_BASIC, ("template", "tool_format"), "prompts are rendered by the chat template of the model's own folder"),
+    (
+        _BASIC,
+        (
+            "cache_dir",
+            "overwrite_cache",
+            "preprocess_on_fly",
+            "preprocessing_batch_size",
+            "preprocessing_num_workers",
+        ),
+        "samples are prepared when they are fetched, by --num-workers processes",
+    ),
+    (_PREPROCESS, ("use_fast_tokenizer",), "the fast tokenizer is always used"),
+    (_PREPROCESS, ("image_resolution",), "image_max_pixels and image_min_pixels decide"),
+    (
+        _PREPROCESS,
+        (
+            "video_max_pixels",
+            "video_min_pixels",
+            "video_resolution",
+            "video_fps",
+            "video_maxlen",
+            "audio_sampling_rate",
+        ),
+        "rows with videos or audio are refused",
+    ),
+]
+_NOT_AVAILABLE = [
+    (_BASIC, ("streaming", "packing", "neat_packing")),
+    (_PREPROCESS, ("split_special_tokens", "image_do_pan_and_scan", "use_audio_in_video")),
+    (_ATTR, ("ranking", "chosen", "rejected")),
+]
+_SAMPLERS = ("stateful_distributed_sampler", "BaseRandomBatchSampler", "SequentialSampler")
+_LOADER_NOT_AVAILABLE = (
+    "data_sharding",
+    "group_data",
+    "group_frame",
+    "group_resolution",
+    "priority_mode",
+    "initial_global_step_for_sampler",
+)
+
+
+def check_dataset_keys(param: Any) -> None:
+    """Refuse what would change the samples, and name once the given keys that have no effect.
+
+    Args:
+        param: typed ``dataset_param``.
+
+    Raises:
+        UserError: a key asks for something that is not available.
+    """
+    for section, keys in _NOT_AVAILABLE:
+        for key in keys:
+            if getattr(param, section).get(key):
+                _refuse(f"dataset_param.{section}.{key}", getattr(getattr(param, section), key))
+    basic = param.basic_parameters
+    if basic.train_on_prompt and basic.mask_history:
+        raise UserError(
+            "data.json: dataset_param.basic_parameters: train_on_prompt and mask_history contradict each other; "
+            "set one of them to false"
+        )
+    for section, keys, why in _WITHOUT_EFFECT:
+        given = [key for key in keys if key in getattr(param, section)]
+        if given:
+            print_rank_0(f"data.json: {', '.join(given)}: no effect, because {why}")
+
+
+def check_dataloader_keys(param: Any) -> None:
+    """Refuse samplers and sampler options that are not available.
+
+    Args:
+        param: typed ``dataloader_param``.
+
+    Raises:
+        UserError: naming the key, its value and what to use.
+    """
+    if param.dataloader_mode == "variable":
+        _refuse("dataloader_param.dataloader_mode", param.dataloader_mode, "use 'sampler'")
+    if param.dataloader_mode == "sampler" and param.sampler_type not in _SAMPLERS:
+        choices = ", ".join(map(repr, _SAMPLERS))
+        _refuse("dataloader_param.sampler_type", param.sampler_type, f"use one of {choices}")
+    for key in _LOADER_NOT_AVAILABLE:
+        if param.get(key):
+            _refuse(f"dataloader_param.{key}", getattr(param, key))
+
+
+def _refuse(key: str, value: Any, advice: str = "remove the key") -> None:
+    raise UserError(f"data.json: {key}: {value!r} is not available yet; {advice}")
