@@ -27,7 +27,7 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, torch
     return {
         f"{PREFIX}{name}.{key}": value
         for name, param in _named_parameters(model, optimizer).items()
-        for key, value in optimizer.state.get(param, {}).items()
+        for key, value in sorted(optimizer.state.get(param, {}).items())
         if isinstance(value, torch.Tensor)
     }
 

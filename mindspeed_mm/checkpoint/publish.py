@@ -67,10 +67,7 @@ def find(load_dir: str | Path, step: int | None = None) -> Path:
         raise UserError(f"--load {load_dir}: no such folder")
     if is_checkpoint(load_dir):
         return load_dir
-    if step is not None:
-        name = folder_name(step)
-    else:
-        name = _read_tracker(load_dir)
+    name = folder_name(step) if step is not None else _read_tracker(load_dir)
     # A crash while a checkpoint of the same iteration was being replaced leaves the old one under this name.
     for folder in (load_dir / name, load_dir / (name + _REPLACED)):
         if is_checkpoint(folder):

@@ -74,7 +74,8 @@ def full_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     """Return every tensor of a run, gathered, and the optimizer's hyperparameters."""
 
     def gather(value: Any) -> Any:
-        return value.full_tensor().clone() if isinstance(value, DTensor) else value
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        return value.clone() if isinstance(value, torch.Tensor) else value
 
     state = {name: gather(tensor.detach()) for name, tensor in model.state_dict().items()}
     for name, param in model.named_parameters():
