@@ -1,0 +1,148 @@
+"""Offline conversion between Hugging Face folders and distributed checkpoints: one process, no accelerator.
+
+Weights stream from one file to the other; neither direction holds the whole model. Starting a run from a Hugging
+Face folder and exporting one at its end need no conversion; this is for those who want the files.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+import transformers
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from transformers import AutoConfig, PreTrainedModel
+
+from mindspeed_mm.checkpoint.hf_export import write_hf_folder
+from mindspeed_mm.checkpoint.hf_folder import FileTensor, open_weights
+from mindspeed_mm.checkpoint.hf_import import check_import
+from mindspeed_mm.checkpoint.hf_layout import ImportStep, plan_import, skeleton
+from mindspeed_mm.checkpoint.publish import RELEASE, find, publish
+from mindspeed_mm.checkpoint.store import MODEL, read_metadata, read_tensors, write_tensors
+from mindspeed_mm.checkpoint.tensors import listing, named_tensors
+from mindspeed_mm.errors import UserError
+
+# TransformersModel keeps the Hugging Face model in its attribute `model`.
+_PREFIX = MODEL + "model."
+
+
+def hf_to_dcp(hf_dir: str | Path, dcp_dir: str | Path, trust_remote_code: bool = False) -> Path:
+    """Write a Hugging Face folder's weights as ``<dcp_dir>/release``, ready for ``--load <dcp_dir>``.
+
+    Names and layouts are the training model's, dtypes those on disk; tied weights are written once.
+
+    Raises:
+        UserError: ``hf_dir`` is not a model folder, or its weights do not fit its config.
+    """
+    hf_dir = Path(hf_dir)
+    bare = model_skeleton(hf_dir, trust_remote_code)
+    shapes = {names: tensor.shape for names, tensor in named_tensors(bare).items()}
+    with open_weights(hf_dir) as stored:
+        steps, unexpected = plan_import(bare, stored, [name for names in shapes for name in names])
+        if problems := check_import(steps, unexpected, shapes):
+            raise UserError("\n".join([f"{hf_dir}: the weights do not fit its config.json.", *problems]))
+        owner = {name: step for step in steps for name in step.outputs}
+        source = {_PREFIX + names[0]: next(name for name in names if name in owner) for names in shapes}
+        tensors = {key: owner[name].outputs[name] for key, name in source.items()}
+        planner = _StreamingPlanner(bare, stored, {key: (name, owner[name]) for key, name in source.items()})
+        return publish(Path(dcp_dir), RELEASE, lambda folder: write_tensors(tensors, folder, planner))
+
+
+def dcp_to_hf(
+    load_dir: str | Path,
+    save_dir: str | Path,
+    model_assets_dir: str | Path,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Write a checkpoint's weights as a Hugging Face folder.
+
+    Args:
+        load_dir: a checkpoint folder (``iter_0000100``, ``release``) or its parent with the tracker file.
+        save_dir: where to.
+        model_assets_dir: the original Hugging Face folder; gives config.json, tokenizer and processor files.
+        dtype: to write the parameters in; None keeps the checkpoint's.
+        trust_remote_code: whether Python files of ``model_assets_dir`` may run.
+
+    Raises:
+        UserError: there is no checkpoint, or it does not hold the weights of that model.
+    """
+    path = find(load_dir)
+    saved = {k: v for k, v in read_metadata(path).state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
+    bare = model_skeleton(Path(model_assets_dir), trust_remote_code)
+    weights = named_tensors(bare)
+    # A bare Hugging Face model has no wrapper's `model.` before its names.
+    found = {prefix: sum(prefix + names[0] in saved for names in weights) for prefix in (_PREFIX, MODEL)}
+    prefix = max(found, key=lambda p: found[p])
+    keys = {names[0]: next((prefix + n for n in names if prefix + n in saved), None) for names in weights}
+    if missing := [name for name, key in keys.items() if key is None]:
+        raise UserError(
+            f"{path} lacks {len(missing)} of the {len(keys)} weights of the model in {model_assets_dir}:\n"
+            f"{listing(missing)}\nPass the folder of the model that was trained as --model-assets-dir."
+        )
+    reshaped = [
+        f"{names[0]}: checkpoint {tuple(saved[keys[names[0]]].size)}, config {tuple(tensor.shape)}"
+        for names, tensor in weights.items()
+        if saved[keys[names[0]]].size != tensor.shape
+    ]
+    if reshaped:
+        raise UserError(f"{path} has weights of other shapes than {model_assets_dir}:\n{listing(reshaped)}")
+    buffers = {name for name, _ in bare.named_buffers()}
+
+    def gather(names: list[str]) -> dict[str, torch.Tensor]:
+        tensors = {}
+        for name in names:
+            stored = saved[keys[name]]
+            wanted = dtype if dtype and stored.properties.dtype.is_floating_point and name not in buffers else None
+            tensors[keys[name]] = torch.empty(stored.size, dtype=wanted or stored.properties.dtype)
+        read_tensors(tensors, path)
+        return {name: tensors[keys[name]] for name in names}
+
+    return write_hf_folder(bare, keys, gather, Path(save_dir), model_assets_dir)
+
+
+def model_skeleton(hf_dir: Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Return the model that a folder's config.json describes, on meta.
+
+    Raises:
+        UserError: there is no usable config.json, or it names a class that Transformers does not have.
+    """
+    if not (hf_dir / "config.json").is_file():
+        raise UserError(f"{hf_dir}: no config.json; pass a Hugging Face model folder")
+    try:
+        config = AutoConfig.from_pretrained(hf_dir, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError(f"{hf_dir / 'config.json'}: {first_line}") from error
+    name = (config.architectures or [None])[0]
+    remote = next((v for v in (getattr(config, "auto_map", None) or {}).values() if str(v).endswith(f".{name}")), None)
+    if remote and trust_remote_code:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        return skeleton(get_class_from_dynamic_module(remote, str(hf_dir)), config)
+    model_class = getattr(transformers, str(name), None)
+    if model_class is None:
+        fix = "pass --trust-remote-code if you trust its Python files" if remote else "check the key"
+        raise UserError(f"{hf_dir / 'config.json'}: architectures: Transformers has no class {name!r}; {fix}")
+    return skeleton(model_class, config)
+
+
+class _StreamingPlanner(dcp.DefaultSavePlanner):
+    """Plans a save from tensors on meta and reads each weight when the writer asks for it."""
+
+    def __init__(
+        self, bare: PreTrainedModel, stored: dict[str, FileTensor], source: dict[str, tuple[str, ImportStep]]
+    ) -> None:
+        super().__init__()
+        self._bare = bare
+        self._stored = stored
+        self._source = source
+        self._at_hand: dict[str, torch.Tensor] = {}
+
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        """Return the weight; what a step gives besides it is kept until asked for."""
+        name, step = self._source[index.fqn]
+        if name not in self._at_hand:
+            self._at_hand.update(step.run(self._bare, self._stored))
+        return self._at_hand.pop(name)

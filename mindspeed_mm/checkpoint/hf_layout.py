@@ -1,0 +1,168 @@
+"""How Transformers' weights on disk relate to a model's own: renamed, split or fused.
+
+Names and layouts on disk often differ from the module's (Qwen2.5-VL, InternVL: all names; GLM-4.5V: one tensor
+for each expert on disk, one fused tensor in the module). Transformers holds the rules and the operations; this
+module applies them key by key, so that nobody needs the whole model in memory.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+
+class Stored(Protocol):
+    """A tensor that is somewhere else until it is read."""
+
+    @property
+    def meta(self) -> torch.Tensor:
+        """A tensor on meta with the shape and dtype of the stored one."""
+
+    def read(self) -> torch.Tensor:
+        """Return the whole tensor."""
+
+
+def native_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Return the class that Transformers knows a model by.
+
+    That is the nearest base class defined in Transformers itself (an adapter's parent), else the class without
+    what ``fully_shard`` put around it. Conversion rules and config.json go by this class's name.
+    """
+    classes = [c for c in model_class.__mro__ if issubclass(c, PreTrainedModel) and not issubclass(c, FSDPModule)]
+    own = [c for c in classes if c.__module__.startswith("transformers.models.")]
+    return (own or classes)[0]
+
+
+def skeleton(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """Return a model on meta, of the class Transformers knows, to ask for names, shapes and conversion rules."""
+    with torch.device("meta"):
+        return native_class(model_class)._from_config(copy.deepcopy(config), attn_implementation="eager")
+
+
+@dataclass(frozen=True)
+class ImportStep:
+    """How one or more module weights come from tensors on disk.
+
+    Attributes:
+        sources: (pattern that matched, name on disk) of the tensors it reads, in order.
+        target: the first module weight it gives.
+        converter: Transformers' operation, or None when the weight is just renamed.
+        outputs: what the step gives, on meta, by module name.
+    """
+
+    sources: list[tuple[str, str]]
+    target: str
+    converter: WeightConverter | None
+    outputs: dict[str, torch.Tensor]
+
+    def run(self, model: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[str, torch.Tensor]:
+        """Read the sources and return the module weights, on the CPU, in the dtype on disk."""
+        return _convert(self, model, {key: stored[key].read for _, key in self.sources})
+
+
+def plan_import(
+    model: PreTrainedModel, stored: Mapping[str, Stored], wanted: Iterable[str]
+) -> tuple[list[ImportStep], list[str]]:
+    """Return the steps that turn what is stored into a model's weights, and the stored names that fit nowhere.
+
+    Args:
+        model: a `skeleton`.
+        stored: the tensors on disk by name.
+        wanted: the model's names of parameters and persistent buffers.
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    wanted = dict.fromkeys(wanted, True)
+    prefix = model.base_model_prefix
+
+    sources: dict[tuple[str, bool], list[tuple[str, str]]] = {}
+    unexpected = []
+    # The natural order puts expert 2 before expert 10.
+    for key in sorted(stored, key=dot_natural_key):
+        target, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
+        if target not in wanted:
+            # A rule may fire on a name that already is the module's.
+            target, pattern = rename_source_key(key, [], [], prefix, wanted)
+        if target not in wanted or (pattern is None and (target, False) in sources):
+            unexpected.append(key)
+        else:
+            sources.setdefault((target, pattern is not None), []).append((pattern or key, key))
+
+    steps = []
+    for (target, converted), keys in sources.items():
+        step = ImportStep(keys, target, by_pattern[keys[0][0]] if converted else None, {})
+        step.outputs.update(_convert(step, model, {key: _meta_of(stored[key]) for _, key in keys}))
+        steps.append(step)
+    return steps, [key for key in unexpected if not _ignorable(model, key)]
+
+
+def _meta_of(tensor: Stored) -> Any:
+    return lambda: tensor.meta
+
+
+def _convert(step: ImportStep, model: PreTrainedModel, read: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    if step.converter is None:
+        return {step.target: read[step.sources[0][1]]()}
+    converter = copy.deepcopy(step.converter)
+    for pattern, key in step.sources:
+        converter.add_tensor(step.target, key, pattern, read[key])
+    converted = converter.convert(step.target, model=model, config=model.config)
+    return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
+
+
+def _ignorable(model: PreTrainedModel, key: str) -> bool:
+    """Return whether a stored tensor is one that Transformers knows the model has no use for."""
+    report = _Report({key})
+    model._adjust_missing_and_unexpected_keys(report)
+    return not report.unexpected_keys
+
+
+class _Report:
+    """The part of Transformers' loading report that its filter of unexpected names reads and writes."""
+
+    def __init__(self, unexpected: set[str]) -> None:
+        self.missing_keys: set[str] = set()
+        self.unexpected_keys = unexpected
+
+
+class DiskLayout:
+    """The reverse of `plan_import`: module weights to names and layouts on disk.
+
+    Args:
+        model: a `skeleton`.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        # As Transformers does: a rule that strips a prefix cannot tell whether there was one.
+        rules = [r for r in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(r, PrefixChange)]
+        self._model = model
+        model._weight_conversions = rules  # spares `revert_weight_conversion` looking them up for every weight
+        self._converters = [rule.reverse_transform() for rule in reversed(rules) if isinstance(rule, WeightConverter)]
+
+    def groups(self, names: Iterable[str]) -> list[list[str]]:
+        """Return the module names in groups that have to be converted together, most of them one name."""
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            groups.setdefault(rename_source_key(name, [], self._converters)[0], []).append(name)
+        return list(groups.values())
+
+    def convert(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return one group's tensors under their names and in their layout on disk."""
+        return revert_weight_conversion(self._model, tensors)

@@ -1,0 +1,151 @@
+"""Where checkpoints lie, how one becomes visible and how one is found.
+
+A folder of checkpoints holds ``iter_0000100/`` (or ``release/`` for converted weights) and the tracker file that
+names the newest. A checkpoint is written under a staging name and renamed when every byte is on the disk, then
+the tracker is replaced: whenever the job is killed, what the tracker names is whole.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from mindspeed_mm.checkpoint.coordination import rank, run_together
+from mindspeed_mm.errors import UserError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+_STAGING = ".staging"
+_REPLACED = ".replaced"
+
+
+def folder_name(iteration: int) -> str:
+    """Return the name of an iteration's folder, ``iter_0000100``."""
+    return f"iter_{iteration:07d}"
+
+
+def publish(save_dir: Path, name: str, write: Callable[[Path], None], group: dist.ProcessGroup | None = None) -> Path:
+    """Write a checkpoint with ``write(staging_folder)`` on every rank, then make it the newest one.
+
+    ``write`` must have its files on the disk (fsync) when it returns.
+
+    Raises:
+        UserError: writing failed on some rank; raised on all. What was saved before is untouched.
+    """
+    final, staging = save_dir / name, save_dir / (name + _STAGING)
+    first = rank() == 0
+    try:
+        run_together(f"preparing {staging}", lambda: _prepare(save_dir, staging) if first else None, group)
+        run_together(f"saving {final}", lambda: write(staging), group)
+        run_together(f"publishing {final}", lambda: _commit(staging, final) if first else None, group)
+    except UserError:
+        if first:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return final
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Return whether ``folder`` holds a distributed checkpoint. DCP writes its ``.metadata`` last."""
+    return (folder / ".metadata").is_file()
+
+
+def find(load_dir: str | Path, step: int | None = None) -> Path:
+    """Return the checkpoint to load: the tracker's, or iteration ``step``'s.
+
+    ``load_dir`` is the folder that holds the tracker, or a checkpoint folder itself.
+
+    Raises:
+        UserError: there is none; says what was looked for and what is there instead.
+    """
+    load_dir = Path(load_dir)
+    if not load_dir.is_dir():
+        raise UserError(f"--load {load_dir}: no such folder")
+    if is_checkpoint(load_dir):
+        return load_dir
+    name = folder_name(step) if step is not None else _read_tracker(load_dir)
+    # A crash while a checkpoint of the same iteration was being replaced leaves the old one under this name.
+    for folder in (load_dir / name, load_dir / (name + _REPLACED)):
+        if is_checkpoint(folder):
+            return folder
+    wanted = f"--ckpt-step {step} asks for" if step is not None else f"its {TRACKER} names"
+    raise UserError(
+        f"--load {load_dir}: {wanted} {name}, which is no checkpoint (no {name}/.metadata). {_hint(load_dir)}"
+    )
+
+
+def _read_tracker(load_dir: Path) -> str:
+    tracker = load_dir / TRACKER
+    if not tracker.is_file():
+        raise UserError(f"--load {load_dir}: no checkpoint: there is no {TRACKER}. {_hint(load_dir)}")
+    text = tracker.read_text().strip()
+    if text == RELEASE:
+        return RELEASE
+    if not text.isdigit():
+        raise UserError(
+            f"{tracker}: {text!r} is neither an iteration nor 'release'; pass --ckpt-step. {_hint(load_dir)}"
+        )
+    return folder_name(int(text))
+
+
+def _hint(load_dir: Path) -> str:
+    """Say what a folder without the wanted checkpoint does hold, and what to do about it."""
+    present = sorted(p.name for p in load_dir.iterdir() if is_checkpoint(p) and "." not in p.name)
+    if present:
+        return f"It holds {', '.join(present)}: pass --ckpt-step with one of these iterations, or the folder itself."
+    if (load_dir / "config.json").is_file():
+        return (
+            "It is a Hugging Face folder: set init_from_hf_path in model.json to it, or convert it with "
+            "`mindspeed-mm convert hf-to-dcp`."
+        )
+    if any(load_dir.glob("*/mp_rank_0*")) or any(load_dir.glob("mp_rank_0*")):
+        return "It holds a checkpoint in Megatron's `torch` format, which this road does not read."
+    below = sorted(p.parent.name for p in load_dir.glob(f"*/{TRACKER}"))
+    if below:
+        return f"Did you mean its folder {below[0]}?"
+    names = sorted(p.name for p in load_dir.iterdir())[:8]
+    return f"It holds {', '.join(names)}." if names else "The folder is empty."
+
+
+def _prepare(save_dir: Path, staging: Path) -> None:
+    save_dir.mkdir(parents=True, exist_ok=True)
+    for leftover in save_dir.glob(f"*{_STAGING}"):
+        shutil.rmtree(leftover)
+    for old in save_dir.glob(f"*{_REPLACED}"):
+        final = old.with_suffix("")
+        if is_checkpoint(final):
+            shutil.rmtree(old)
+        else:
+            old.rename(final)
+    staging.mkdir()
+
+
+def _commit(staging: Path, final: Path) -> None:
+    fsync_folder(staging)
+    old = final.with_name(final.name + _REPLACED)
+    if final.exists():
+        final.rename(old)
+    staging.rename(final)
+    fsync_folder(final.parent)
+    tracker = final.parent / TRACKER
+    temporary = tracker.with_suffix(".tmp")
+    with open(temporary, "w") as file:
+        file.write(RELEASE if final.name == RELEASE else str(int(final.name.removeprefix("iter_"))))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(tracker)
+    fsync_folder(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Flush the names in a folder to the disk: without it a rename may not survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,56 @@
+"""Python state in files that ``torch.load(weights_only=True)`` accepts: reading one never runs code."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+_ARRAY = "__ndarray__"
+
+
+def write_python_state(path: Path, state: Any) -> None:
+    """Write plain Python values, numpy arrays and tensors to ``path`` and flush them to the disk.
+
+    Raises:
+        TypeError: ``state`` holds an object that could only be pickled; the message says where.
+    """
+    with open(path, "wb") as file:
+        torch.save(_encode(state, path.stem), file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_python_state(path: Path) -> Any:
+    """Read what `write_python_state` wrote; numpy arrays come back as numpy arrays."""
+    return _decode(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def _encode(value: Any, where: str) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return {_ARRAY: torch.from_numpy(value.copy())}
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {_encode(k, where): _encode(v, f"{where}.{k}") for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        items = [_encode(v, f"{where}[{i}]") for i, v in enumerate(value)]
+        return tuple(items) if isinstance(value, tuple) else items
+    if value is None or type(value) in (bool, int, float, str, bytes):
+        return value
+    raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint holds plain values, arrays and tensors only")
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {_ARRAY}:
+            return value[_ARRAY].numpy()
+        return {k: _decode(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_decode(v) for v in value)
+    return value

@@ -1,0 +1,132 @@
+"""The commands ``mindspeed-mm`` and ``mm-convert``. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mindspeed_mm.errors import UserError, did_you_mean
+
+app = typer.Typer(
+    help="MindSpeed-MM: multimodal training on NPU, CUDA and CPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+convert_app = typer.Typer(help="Convert weights between Hugging Face folders and checkpoints.", no_args_is_help=True)
+app.add_typer(convert_app, name="convert")
+
+
+class Dtype(str, Enum):
+    """What to write parameters in; the names are torch's."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+_TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let Python files of the folder run.")]
+
+
+@convert_app.command("hf-to-dcp")
+def hf_to_dcp(
+    hf_dir: Annotated[Path, typer.Option(help="Hugging Face folder with safetensors weights.")],
+    dcp_dir: Annotated[Path, typer.Option(help="Folder to pass to --load; gets release/ and the tracker file.")],
+    trust_remote_code: _TrustRemoteCode = False,
+) -> None:
+    """Hugging Face folder to checkpoint. Not needed to train: init_from_hf_path reads the folder directly."""
+    from mindspeed_mm.checkpoint import convert
+
+    path = convert.hf_to_dcp(hf_dir, dcp_dir, trust_remote_code)
+    print(f"wrote {path}; train from it with --load {dcp_dir}")
+
+
+@convert_app.command("dcp-to-hf")
+def dcp_to_hf(
+    load_dir: Annotated[Path, typer.Option(help="A checkpoint (iter_0000100) or the folder that holds it.")],
+    save_dir: Annotated[Path, typer.Option(help="Folder to write; from_pretrained loads it.")],
+    model_assets_dir: Annotated[Path, typer.Option(help="The original Hugging Face folder: config, tokenizer.")],
+    dtype: Annotated[Dtype | None, typer.Option(help="Parameter dtype to write; default: as trained.")] = None,
+    trust_remote_code: _TrustRemoteCode = False,
+) -> None:
+    """Checkpoint to Hugging Face folder."""
+    import torch
+
+    from mindspeed_mm.checkpoint import convert
+
+    torch_dtype = getattr(torch, dtype.value) if dtype else None
+    path = convert.dcp_to_hf(load_dir, save_dir, model_assets_dir, torch_dtype, trust_remote_code)
+    print(f"wrote {path}; load it with from_pretrained")
+
+
+# The documented converters differ in how they call the same folders.
+_CONVERTERS = ("Qwen3VLConverter", "ExpertMergeDcpConverter", "GenericDCPConverter")
+_METHODS: dict[str, tuple[Callable[..., None], dict[str, tuple[str, ...]]]] = {
+    "hf_to_dcp": (hf_to_dcp, {"hf_dir": ("hf_dir",), "dcp_dir": ("dcp_dir", "save_dir")}),
+    "dcp_to_hf": (
+        dcp_to_hf,
+        {
+            "load_dir": ("load_dir", "dcp_dir"),
+            "save_dir": ("save_dir",),
+            "model_assets_dir": ("model_assets_dir", "hf_dir"),
+        },
+    ),
+}
+# What upstream's converters must be told and ours read from the model: names, ties, fused layouts.
+_NOT_NEEDED = ("tie_weight", "dcp_prefix", "hf_prefix", "tie_weight_mapping", "fused_linear_names")
+
+
+def _documented_command(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="mm-convert", allow_abbrev=False)
+    parser.add_argument("converter", help=f"one of {', '.join(_CONVERTERS)}")
+    parser.add_argument("method", choices=_METHODS)
+    for name in ("hf_dir", "dcp_dir", "load_dir", "save_dir", "model_assets_dir"):
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", type=Path)
+    for name in ("trust_remote_code", *_NOT_NEEDED):
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?", const="true", default="false")
+    args = parser.parse_args(argv)
+    if args.converter not in _CONVERTERS:
+        known = ", ".join(_CONVERTERS)
+        raise UserError(
+            f"mm-convert: no converter {args.converter}; there are {known}.{did_you_mean(args.converter, _CONVERTERS)}"
+        )
+    for name in _NOT_NEEDED:
+        if (value := getattr(args, name)) != "false":
+            print(f"--{name} {value}: not needed, the model itself says it", file=sys.stderr)
+    function, wanted = _METHODS[args.method]
+    options: dict[str, Any] = {"trust_remote_code": args.trust_remote_code.lower() == "true"}
+    for name, spellings in wanted.items():
+        options[name] = next((v for s in spellings if (v := getattr(args, s)) is not None), None)
+        if options[name] is None:
+            flags = " or ".join(f"--{s}" for s in spellings)
+            raise UserError(f"mm-convert {args.converter} {args.method}: {flags} is missing")
+    function(**options)
+
+
+def _guarded(command: Callable[[], object]) -> None:
+    """Run a command; a user's mistake is one message and exit code 1, not a traceback."""
+    try:
+        command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def main() -> None:
+    """Entry of ``mindspeed-mm``."""
+    _guarded(lambda: app(prog_name="mindspeed-mm"))
+
+
+def mm_convert() -> None:
+    """Entry of ``mm-convert <converter> <method> --options``: the documented commands, done by `convert`."""
+    _guarded(lambda: _documented_command(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from mindspeed_mm import cli
+from mindspeed_mm.checkpoint import store
+from mindspeed_mm.checkpoint.convert import dcp_to_hf, hf_to_dcp
+from mindspeed_mm.errors import UserError
+from tests.checkpoint import hf
+from tests.models.tiny import FAMILIES
+
+
+class Wrapper(nn.Module):
+    """Names weights as TransformersModel does."""
+
+    def __init__(self, family: str, tie: bool) -> None:
+        super().__init__()
+        self.model = hf.model_class(family)._from_config(hf.config_of(family, tie), dtype=torch.float32)
+
+
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str) -> tuple[int, str, str]:
+    """Run a command line in this process and return exit code, stdout and stderr."""
+    program, *arguments = command.split()
+    monkeypatch.setattr(sys, "argv", [program, *arguments])
+    with pytest.raises(SystemExit) as stop:
+        (cli.main if program == "mindspeed-mm" else cli.mm_convert)()
+        raise SystemExit(0)
+    out, err = capsys.readouterr()
+    return int(stop.value.code or 0), out, err
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_there_and_back(tmp_path: Path, family: str, tie: bool) -> None:
+    expected = hf.write_folder(tmp_path / "hf", family, tie, max_shard_size="60KB")
+    assert hf_to_dcp(tmp_path / "hf", tmp_path / "dcp") == tmp_path / "dcp" / "release"
+    assert (tmp_path / "dcp" / "latest_checkpointed_iteration.txt").read_text() == "release"
+
+    wrapper = Wrapper(family, tie)
+    loaded = store.load(tmp_path / "dcp", model=wrapper, optimizer=None)
+    assert (loaded.iteration, loaded.rank_state) == (0, None)
+    assert not hf.differing(expected, hf.tensors_of(wrapper.model))
+
+    store.save(tmp_path / "run", 5, model=wrapper, optimizer=None, extra={}, rank_state={})
+    for source in ("dcp", "dcp/release", "run", "run/iter_0000005"):
+        dcp_to_hf(tmp_path / source, tmp_path / "out", tmp_path / "hf")
+        native = getattr(transformers, hf.config_of(family, tie).architectures[0])
+        assert not hf.differing(expected, hf.read_back(tmp_path / "out", native)), source
+        assert hf.keys_on_disk(tmp_path / "hf") == hf.keys_on_disk(tmp_path / "out")
+
+
+def test_checkpoint_of_a_bare_model(tmp_path: Path) -> None:
+    expected = hf.write_folder(tmp_path / "hf", "qwen3", False)
+    model = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path / "hf")
+    store.save(tmp_path / "run", 1, model=model, optimizer=None, extra={}, rank_state={})
+    dcp_to_hf(tmp_path / "run", tmp_path / "out", tmp_path / "hf", dtype=torch.bfloat16)
+    back = hf.read_back(tmp_path / "out", type(model))
+    assert torch.equal(back["lm_head.weight"], expected["lm_head.weight"].bfloat16())
+
+
+def test_errors(tmp_path: Path) -> None:
+    hf.write_folder(tmp_path / "hf", "qwen3", False)
+    hf_to_dcp(tmp_path / "hf", tmp_path / "dcp")
+    with pytest.raises(UserError, match=r"no config.json; pass a Hugging Face model folder"):
+        hf_to_dcp(tmp_path, tmp_path / "dcp")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+
+    def change(**keys: object) -> None:
+        (tmp_path / "hf" / "config.json").write_text(json.dumps(config | keys))
+
+    change(num_hidden_layers=3)
+    with pytest.raises(UserError, match="do not fit its config.json"):
+        hf_to_dcp(tmp_path / "hf", tmp_path / "dcp")
+    with pytest.raises(UserError, match=r"release lacks 11 of the 36 weights.*\n  model.layers.2"):
+        dcp_to_hf(tmp_path / "dcp", tmp_path / "out", tmp_path / "hf")
+    change(vocab_size=400)
+    with pytest.raises(UserError, match=r"other shapes.*\n  model.embed_tokens.weight: checkpoint \(321, 32\)"):
+        dcp_to_hf(tmp_path / "dcp", tmp_path / "out", tmp_path / "hf")
+    change(architectures=["MyModel"])
+    with pytest.raises(UserError, match="no class 'MyModel'"):
+        hf_to_dcp(tmp_path / "hf", tmp_path / "dcp")
+    change(model_type="mine")
+    with pytest.raises(UserError, match=r"config.json: .*mine"):
+        hf_to_dcp(tmp_path / "hf", tmp_path / "dcp")
+    assert not (tmp_path / "out").exists() and sorted(p.name for p in (tmp_path / "dcp").iterdir())[1] == "release"
+
+
+def test_command_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = hf.write_folder(tmp_path / "hf", "qwen3", True)
+    monkeypatch.chdir(tmp_path)
+    for i, (there, back) in enumerate(
+        [
+            (
+                "mindspeed-mm convert hf-to-dcp --hf-dir hf --dcp-dir dcp{i}",
+                "mindspeed-mm convert dcp-to-hf --load-dir dcp{i} --save-dir out{i} --model-assets-dir hf",
+            ),
+            (
+                "mm-convert Qwen3VLConverter hf_to_dcp --hf_dir hf --dcp_dir dcp{i} --tie_weight",
+                "mm-convert Qwen3VLConverter dcp_to_hf --load_dir dcp{i} --save_dir out{i} --model_assets_dir hf",
+            ),
+            (
+                "mm-convert ExpertMergeDcpConverter hf_to_dcp --hf_dir hf --save_dir dcp{i}",
+                "mm-convert ExpertMergeDcpConverter dcp_to_hf --hf_dir hf --dcp_dir dcp{i} --save_dir out{i}",
+            ),
+            (
+                "mm-convert GenericDCPConverter hf_to_dcp --hf-dir hf --dcp-dir dcp{i} --dcp_prefix model.",
+                "mm-convert GenericDCPConverter dcp_to_hf --load_dir dcp{i}/release --save_dir out{i} "
+                "--model_assets_dir hf --trust_remote_code true",
+            ),
+        ]
+    ):
+        for command in (there, back):
+            code, out, err = run(capsys, monkeypatch, command.format(i=i))
+            assert code == 0 and out.startswith("wrote "), err
+            assert ("not needed" in err) == ("--tie_weight" in command or "--dcp_prefix" in command)
+        assert not hf.differing(expected, hf.read_back(tmp_path / f"out{i}", transformers.Qwen3ForCausalLM))
+
+
+def test_mistakes_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command, message in {
+        "mindspeed-mm convert hf-to-dcp --hf-dir nowhere --dcp-dir dcp": "error: nowhere: no config.json",
+        "mm-convert Qwen3VLConvertor hf_to_dcp": "Did you mean 'Qwen3VLConverter'?",
+        "mm-convert Qwen3VLConverter dcp_to_hf --load_dir a --save_dir b": "--model_assets_dir or --hf_dir is missing",
+    }.items():
+        code, _, err = run(capsys, monkeypatch, command)
+        assert code == 1 and message in err and err.count("\n") == 1, err
+
+
+def test_help_is_quick() -> None:
+    start = time.perf_counter()
+    probe = "import sys, mindspeed_mm.cli; assert not {'torch', 'transformers', 'megatron'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", probe], check=True)
+    assert time.perf_counter() - start < 5
