@@ -120,6 +120,7 @@ _LOSS_FLAGS: dict[LossType, str] = {
 def _fold_into_model(args: Namespace, model: ModelConfig) -> list[str]:
     if getattr(args, "trust_remote_code", False):
         model.trust_remote_code = True
+    model.load_strict = model.load_strict and getattr(args, "load_strict", True)
     for loss_type, dest in _LOSS_FLAGS.items():
         if not getattr(args, dest, False):
             continue
