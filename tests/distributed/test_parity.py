@@ -38,6 +38,7 @@ class Case:
     config: dict[str, Any] = field(default_factory=dict)
     clip: float = 0.0
     dtype: torch.dtype = torch.float32
+    fused: bool = True
     accumulation: int = 1  # of two, sums of gradients associate differently on two ranks: not bitwise
 
 
@@ -72,7 +73,7 @@ def reference(case: Case) -> dict[str, Any]:
     model = build(case)
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p], "weight_decay": decayed(p)} for p in trainable]
-    optimizer = torch.optim.AdamW(groups, lr=LR, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=LR, fused=case.fused, foreach=not case.fused)
     losses, norms = [], []
     for step in range(STEPS):
         total = 0.0
@@ -81,7 +82,9 @@ def reference(case: Case) -> dict[str, Any]:
                 loss = model(**micro_batch(case, step, index, rank), use_cache=False).loss
                 (loss / (RANKS * case.accumulation)).backward()
                 total += loss.item() / (RANKS * case.accumulation)
-        norms.append(float(torch.nn.utils.clip_grad_norm_(trainable, case.clip or float("inf"))))
+        norms.append(float(torch.nn.utils.get_total_norm([p.grad.double() for p in trainable])))
+        if case.clip:
+            torch.nn.utils.clip_grad_norm_(trainable, case.clip)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)
@@ -117,6 +120,7 @@ def sharded(case: Case, folder: str) -> dict[str, Any]:
     )
     for group in optimizer.param_groups:
         group["weight_decay"] = DECAY * group["wd_mult"]
+        group["fused"], group["foreach"] = case.fused, not case.fused
     engine = FSDP2Engine(
         model,
         optimizer,
@@ -165,8 +169,9 @@ LAYOUTS = [
     Case("HSDP, 2 shards", sharding_size=2),
     Case("tied", tie=True),
     Case("frozen tower", freeze="visual"),
-    Case("uneven dimensions"),
-    Case("uneven and tied", tie=True),
+    # The fused kernel rounds the last elements of a tensor differently, and uneven shards end elsewhere.
+    Case("uneven dimensions", fused=False),
+    Case("uneven and tied", tie=True, fused=False),
     Case("projector outside FSDP", config={"ignored_modules": ["model.visual.merger"]}),
     Case(
         "recomputed and prefetched",
