@@ -172,6 +172,9 @@ class Sharding:
         for group in wrap_order(self.module, units, self.kwargs.get("ignored_params", set())):
             fully_shard(group if len(group) > 1 else group[0], **inner)
             self._leader.update(dict.fromkeys(group, group[0]))
+            if len(group) > 1:
+                together = ", ".join(path for path, module in units.items() if module in group)
+                self.notes.append(f"wrapped as one unit, because they share a parameter: {together}")
         fully_shard(self.module, **self.kwargs)
 
     def prefetch(self, forward: int, backward: int) -> None:
@@ -247,7 +250,7 @@ class Sharding:
     @property
     def _mesh_in_words(self) -> str:
         world = dist.get_world_size(self.group)
-        return f"{world} ranks, {world // self._shard_size} replicas of {self._shard_size} shards"
+        return f"{world} rank(s) = {world // self._shard_size} replica(s) x {self._shard_size} shard(s)"
 
     def _mp_policy(self) -> MixedPrecisionPolicy:
         config = self.config

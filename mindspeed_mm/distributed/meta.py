@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from mindspeed_mm.errors import UserError
 
@@ -23,14 +24,27 @@ _building: ContextVar[bool] = ContextVar("meta_init", default=False)
 
 @contextmanager
 def meta_init() -> Iterator[None]:
-    """Put every parameter that is registered inside the context on the meta device."""
-    from accelerate import init_empty_weights
+    """Put every parameter that is registered inside the context on the meta device.
+
+    Unlike ``accelerate.init_empty_weights``, a parameter registered under two names stays one parameter.
+    """
+    register = nn.Module.register_parameter
+    meta_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            if param not in meta_of:
+                meta_of[param] = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+                meta_of[param].__dict__.update(param.__dict__)
+            param = meta_of[param]
+        register(module, name, param)
 
     token = _building.set(True)
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
     try:
-        with init_empty_weights(include_buffers=False):
-            yield
+        yield
     finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
         _building.reset(token)
 
 
@@ -122,25 +136,32 @@ def initialize(
         for scope in _scopes(module):
             with _full_tensors(scope, wanted):
                 for submodule in (m for m in scope if m in todo):
-                    torch.default_generator.manual_seed((seed << 32 ^ zlib.crc32(todo[submodule].encode())) % 2**63)
+                    torch.default_generator.manual_seed(zlib.crc32(f"{seed} {todo[submodule]}".encode()))
                     init(submodule)
 
 
-def module_init(module: nn.Module) -> Callable[[nn.Module], None]:
+def module_init(module: nn.Module, by_parts: bool = False) -> Callable[[nn.Module], None]:
     """Return the function that initialises one submodule of ``module``, for ``initialize``.
 
     A submodule belongs to the nearest module, itself or above it, that knows how its parts start: one whose class
     overrides ``init_weights()`` (called once for all its parts) or has ``_init_weights(submodule)``, as Hugging Face
     models and ``WeightInitMixin`` do. Below none of these, its own ``reset_parameters()`` is used.
 
+    Args:
+        module: the model.
+        by_parts: do not call an ``init_weights()`` of ``module`` itself, for use inside one.
+
     Raises:
         UserError: by the returned function, for parameters that none of these covers.
     """
     owners: dict[nn.Module, nn.Module | None] = {}
 
+    def is_whole(submodule: nn.Module) -> bool:
+        return _has_own_init_weights(submodule) and not (by_parts and submodule is module)
+
     def assign(submodule: nn.Module, owner: nn.Module | None) -> None:
-        covered = owner is not None and _has_own_init_weights(owner)
-        if not covered and (_has_own_init_weights(submodule) or hasattr(submodule, "_init_weights")):
+        covered = owner is not None and is_whole(owner)
+        if not covered and (is_whole(submodule) or hasattr(submodule, "_init_weights")):
             owner = submodule
         owners.setdefault(submodule, owner)
         for child in submodule.children():
@@ -148,7 +169,7 @@ def module_init(module: nn.Module) -> Callable[[nn.Module], None]:
 
     def init(submodule: nn.Module) -> None:
         owner = owners[submodule]
-        if owner is not None and _has_own_init_weights(owner):
+        if owner is not None and is_whole(owner):
             if owner is submodule:
                 owner.init_weights()
         elif owner is not None:

@@ -53,17 +53,15 @@ class ShardPlan:
 
     def lines(self) -> list[str]:
         """The plan as text, one entry per line."""
-        width = max([len(row.pattern) for row in self.rows] + [len("left to the root")])
         table = [(row.pattern, str(row.modules), row.parameters) for row in self.rows]
         table.append(("left to the root", "", self.root_parameters))
         if self.ignored_names:
             table.append(("not sharded", "", sum(param.numel() for _, param in self.ignored)))
+        width = max(len(name) for name, _, _ in table)
         return [
-            f"FSDP2: {self.mesh}, gradients reduced by {self.reduction}",
-            *(
-                f"  {name:<{width}} {count:>5} {'modules' if count else '       '} {n:>15,} parameters"
-                for name, count, n in table
-            ),
+            f"FSDP2 over {self.mesh}, gradients reduced by {self.reduction}",
+            f"  {'wrapped':<{width}} {'modules':>8} {'parameters':>18}",
+            *(f"  {name:<{width}} {modules:>8} {parameters:>18,}" for name, modules, parameters in table),
             *(f"  {note}" for note in self.notes),
         ]
 

@@ -44,7 +44,9 @@ def test_resolve(pattern: str, paths: list[str]) -> None:
     assert all(root.get_submodule(path) is module for path, module in found)
 
 
-@pytest.mark.parametrize("pattern", ["text.layers.{3-1}", "text.layers.{}", "text.layers.{a}", "text.{0", "text..a", "{0}}"])
+@pytest.mark.parametrize(
+    "pattern", ["text.layers.{3-1}", "text.layers.{}", "text.layers.{a}", "text.{0", "text..a", "{0}}"]
+)
 def test_malformed_braces_say_what_to_write(pattern: str) -> None:
     with pytest.raises(UserError, match=r"\{0-23\}"):
         resolve(model(), pattern)

@@ -117,7 +117,7 @@ class WeightInitMixin:
 
     def init_weights(self) -> None:
         """Initialise every submodule by ``_init_weights``, whatever the sharding, from ``torch.initial_seed()``."""
-        initialize(self, module_init(self))
+        initialize(self, module_init(self, by_parts=True))
 
     init_weights._each_part = True  # type: ignore[attr-defined]
 
