@@ -1,1 +1,23 @@
-"""TODO."""
+"""Losses of one micro-batch: plain functions of tensors, computed in fp32."""
+
+from mindspeed_mm.losses.chunked import head_returns_loss_sums
+from mindspeed_mm.losses.cross_entropy import (
+    IGNORE,
+    REDUCTIONS,
+    cross_entropy_sums,
+    mean_token_loss,
+    per_sample_loss,
+    shift_labels,
+    token_sum_loss,
+)
+
+__all__ = [
+    "IGNORE",
+    "REDUCTIONS",
+    "cross_entropy_sums",
+    "head_returns_loss_sums",
+    "mean_token_loss",
+    "per_sample_loss",
+    "shift_labels",
+    "token_sum_loss",
+]

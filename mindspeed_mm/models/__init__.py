@@ -1,1 +1,1 @@
-"""Models, and how models of others are found, adapted and frozen."""
+"""Models: Hugging Face models as they are, users' own classes, and the hub that finds them."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""What every model shares: the base class and the model hub."""

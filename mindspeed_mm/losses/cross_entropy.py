@@ -1,0 +1,90 @@
+"""Next-token cross entropy, and the three ways to reduce it over a micro-batch.
+
+Every loss here is a function of two vectors over the samples of the micro-batch: the summed cross entropy of
+each sample and its number of target tokens. That keeps the reductions independent of how the cross entropy was
+computed, in one piece or in chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100
+
+
+def shift_labels(labels: Tensor) -> Tensor:
+    """Return the target of every position: the label of the next one.
+
+    Args:
+        labels: (B, S) integers, aligned with ``input_ids``; every negative value marks "not a target".
+
+    Returns:
+        (B, S) integers, ``targets[b, s] = labels[b, s + 1]``, with ``-100`` in the last column and wherever the
+        label is negative.
+    """
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    return targets.masked_fill(targets < 0, IGNORE)
+
+
+def cross_entropy_sums(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross entropy of each sample, summed over its target tokens.
+
+    ``sums[b] = - sum over s with targets[b, s] >= 0 of log softmax(logits[b, s])[targets[b, s]]``
+
+    Args:
+        logits: (B, S, V), any floating dtype. Less than fp32 is raised to fp32 first.
+        targets: (B, S) from :func:`shift_labels`.
+
+    Returns:
+        (B,) in fp32 (fp64 for fp64 logits). A sample without targets gives 0 and stays in the graph, so that
+        every rank runs the same backward pass.
+    """
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    per_token = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
+    return per_token.view(targets.shape).sum(dim=1)
+
+
+def mean_token_loss(sums: Tensor, counts: Tensor) -> Tensor:
+    """Mean over the target tokens of the micro-batch: ``sum_b sums[b] / sum_b counts[b]``; 0 without targets.
+
+    Args:
+        sums: (B,) summed cross entropy of each sample.
+        counts: (B,) number of target tokens of each sample.
+    """
+    return sums.sum() / counts.sum().clamp(min=1)
+
+
+def per_sample_loss(sums: Tensor, counts: Tensor) -> Tensor:
+    """Mean over samples of each sample's own mean: ``1 / B * sum_b sums[b] / counts[b]``.
+
+    A sample without targets counts as 0. It still counts in B, so that the mean over a global batch does not
+    depend on how that batch is split into micro-batches.
+
+    Args:
+        sums: (B,) summed cross entropy of each sample.
+        counts: (B,) number of target tokens of each sample.
+    """
+    return (sums / counts.clamp(min=1)).mean()
+
+
+def token_sum_loss(sums: Tensor, counts: Tensor) -> Tensor:
+    """Sum over the target tokens, ``sum_b sums[b]``; whoever knows the global token count divides by it.
+
+    Args:
+        sums: (B,) summed cross entropy of each sample.
+        counts: (B,), unused: all three reductions are called alike.
+    """
+    return sums.sum()
+
+
+# By the name that `loss_cfg.loss_type` gives them in model.json.
+REDUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "default": mean_token_loss,
+    "per_sample_loss": per_sample_loss,
+    "per_token_loss": token_sum_loss,
+}

@@ -1,0 +1,101 @@
+"""Two real ranks whose batches differ in images must take the same steps, and get one process's gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.transformers_model import TransformersModel
+from tests.models.tiny import VISION_FAMILIES, save_tiny, tiny_batch
+from tests.ranks import RankPool
+
+# Images of the single sample of each rank.
+STEPS = ((1, 0), (0, 1), (0, 0), (1, 1))
+FROZEN_TOWER = {"vision_encoder": {"freeze": True}, "vision_projector": {"freeze": True}}
+
+
+def batch(family: str, step: int, rank: int) -> dict[str, Tensor]:
+    return tiny_batch(family, images=[STEPS[step][rank]], seed=10 * step + rank)
+
+
+def sharded(config: dict[str, Any], more_units: Sequence[str] = ()) -> TransformersModel:
+    model = TransformersModel(config)
+    for name, module in list(model.model.named_modules()):
+        if type(module).__name__ in model.model._no_split_modules or name in more_units:
+            fully_shard(module)
+    fully_shard(model.model)
+    return model
+
+
+def gradients_on_ranks(family: str, config: dict[str, Any], more_units: Sequence[str] = ()) -> list[dict[str, Tensor]]:
+    """Gradients of every step; runs on each rank."""
+    model, collected = sharded(config, more_units), []
+    for step in range(len(STEPS)):
+        model(**batch(family, step, dist.get_rank()))["loss"].backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        collected.append({n: g.full_tensor().clone() if isinstance(g, DTensor) else g for n, g in grads.items()})
+        model.zero_grad()
+    return collected
+
+
+def gradients_in_one_process(family: str, config: dict[str, Any]) -> list[dict[str, Tensor]]:
+    """The same micro-batches one after the other, without a process group."""
+    model, collected = TransformersModel(config), []
+    for step in range(len(STEPS)):
+        for rank in range(2):
+            (model(**batch(family, step, rank))["loss"] / 2).backward()
+        collected.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad()
+    return collected
+
+
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+@pytest.mark.parametrize("image_encoder", [None, FROZEN_TOWER], ids=["all-trained", "frozen-tower"])
+def test_gradients_equal_one_process(
+    ranks2: RankPool, tmp_path: Path, family: str, image_encoder: dict[str, Any] | None
+) -> None:
+    folder = save_tiny(family, tmp_path, tie=True)
+    config = {"init_from_hf_path": str(folder), "image_encoder": image_encoder}
+    expected = gradients_in_one_process(family, config)
+    for found in ranks2.run(gradients_on_ranks, family, config):
+        for step, (a, b) in enumerate(zip(found, expected, strict=True)):
+            assert b.keys() <= a.keys()
+            for name, gradient in a.items():
+                # Without any image in the global batch the tower has zero gradients, not missing ones.
+                torch.testing.assert_close(
+                    gradient, b.get(name, torch.zeros_like(gradient)), rtol=1e-6, atol=1e-9, msg=f"{step} {name}"
+                )
+
+
+@pytest.mark.parametrize("loss_type", ["default", "per_token_loss"])
+def test_chunked_and_router_loss_under_sharding(ranks2: RankPool, tmp_path: Path, loss_type: str) -> None:
+    folder = save_tiny("qwen3_vl_moe", tmp_path)
+    loss = {"loss_type": loss_type, "compute_mode": "chunk", "chunk_size": 4, "router_aux_loss_coef": 0.1}
+    config = {"init_from_hf_path": str(folder), "loss_cfg": loss}
+    expected = gradients_in_one_process("qwen3_vl_moe", config)
+    for found in ranks2.run(gradients_on_ranks, "qwen3_vl_moe", config, ["lm_head"]):
+        for a, b in zip(found, expected, strict=True):
+            for name in b:
+                torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def images_and_videos(config: dict[str, Any]) -> str:
+    model = sharded(config)
+    both = batch("qwen3_vl", 0, 0) | {"pixel_values_videos": torch.zeros(1)}
+    with pytest.raises(UserError) as caught:
+        model(**both)
+    return str(caught.value)
+
+
+def test_images_and_videos_in_one_batch_are_refused(ranks2: RankPool, tmp_path: Path) -> None:
+    config = {"init_from_hf_path": str(save_tiny("qwen3_vl", tmp_path))}
+    assert all("different micro-batches" in message for message in ranks2.run(images_and_videos, config))
