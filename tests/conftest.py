@@ -21,3 +21,10 @@ def ranks2() -> Iterator[RankPool]:
     pool = RankPool(2)
     yield pool
     pool.stop()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that ask for real ranks, so that the unit tier can leave them out."""
+    for item in items:
+        if {"ranks1", "ranks2"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.ranks)
