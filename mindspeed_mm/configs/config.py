@@ -9,9 +9,9 @@ from typing import Any
 
 import mindspeed_mm
 from mindspeed_mm.configs.base import Config, load_config
-from mindspeed_mm.configs.data import DataConfig, HuggingFaceDataset
+from mindspeed_mm.configs.data import DataConfig, HuggingFaceDataset, HuggingFacePreprocess, TokenizerConfig
 from mindspeed_mm.configs.freeform import FreeForm as ConfigReader
-from mindspeed_mm.configs.model import ModelConfig
+from mindspeed_mm.configs.model import LossType, ModelConfig
 from mindspeed_mm.configs.tools import ToolsConfig
 from mindspeed_mm.errors import UserError
 
@@ -91,7 +91,7 @@ def _fold_into_data(args: Namespace, data: DataConfig) -> list[str]:
     ]
     dataset = data.dataset_param
     if isinstance(dataset, HuggingFaceDataset):
-        processor: Config = dataset.preprocess_parameters
+        processor: HuggingFacePreprocess | TokenizerConfig = dataset.preprocess_parameters
         decided.append(("dataset_param.basic_parameters", dataset.basic_parameters, "seq_length", "seq_length"))
     elif dataset is not None:
         processor = dataset.tokenizer_config
@@ -111,7 +111,7 @@ def _fold_into_data(args: Namespace, data: DataConfig) -> list[str]:
     return notes
 
 
-_LOSS_FLAGS = {
+_LOSS_FLAGS: dict[LossType, str] = {
     "per_token_loss": "calculate_per_token_loss",
     "per_sample_loss": "calculate_per_sample_loss",
 }
@@ -120,6 +120,7 @@ _LOSS_FLAGS = {
 def _fold_into_model(args: Namespace, model: ModelConfig) -> list[str]:
     if getattr(args, "trust_remote_code", False):
         model.trust_remote_code = True
+    model.load_strict = model.load_strict and getattr(args, "load_strict", True)
     for loss_type, dest in _LOSS_FLAGS.items():
         if not getattr(args, dest, False):
             continue

@@ -65,6 +65,7 @@ class ModelConfig(Config):
     model_id: str | None = None  # key of ModelHub; null: by the architecture in the Hugging Face config.json
     init_from_hf_path: InputPath | None = None  # Hugging Face folder: config.json, and the weights to start from
     random_init: bool = False  # take only config.json from there and start from random weights
+    load_strict: bool = True  # its weights must fit the model; false here or by --load-strict: use what fits
     trust_remote_code: bool = False  # run Python files of that folder; --trust-remote-code sets it
 
     # Towers.

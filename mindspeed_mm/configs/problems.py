@@ -74,7 +74,9 @@ def _unknown_key(owner: type[Config], key: str) -> tuple[str, str]:
 
 def _found(value: Any, choices: str) -> str:
     """Say what was found, and which of the quoted ``choices`` was probably meant."""
-    shown = {dict: "an object", list: "a list"}.get(type(value)) or json.dumps(value, default=str)
+    if isinstance(value, dict | list):
+        return f"found {'an object' if isinstance(value, dict) else 'a list'}."
+    shown = json.dumps(value, default=str)
     hint = did_you_mean(value, re.findall(r"'([^']*)'", choices)) if isinstance(value, str) else ""
     return f"found {shown}.{hint}"
 

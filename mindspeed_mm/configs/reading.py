@@ -100,14 +100,21 @@ class _DuplicateKeyError(yaml.MarkedYAMLError):
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which also refuses duplicate keys and reads ``1e-5`` as the number it is."""
+    """PyYAML's safe loader, which also refuses duplicate keys and reads ``1e-5`` as the number it is.
+
+    Keys are strings, as in JSON: ``on`` and ``1`` too.
+    """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen: dict[str, yaml.ScalarNode] = {}
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and seen.setdefault(key.value, key) is not key:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if seen.setdefault(key.value, key) is not key:
                 raise _DuplicateKeyError(key, seen[key.value])
+            if key.tag != "tag:yaml.org,2002:merge":
+                key.tag = "tag:yaml.org,2002:str"
         return node
 
 

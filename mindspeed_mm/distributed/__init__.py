@@ -1,1 +1,1 @@
-"""TODO."""
+"""Process groups, sharding by FSDP2, and what works across ranks."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Models, and how models of others are found, adapted and frozen."""

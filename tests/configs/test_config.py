@@ -116,6 +116,16 @@ def test_loss_flags(tmp_path: Path, flag: str, loss_type: str) -> None:
     assert "model.json: loss_cfg" in str(error.value)
 
 
+@pytest.mark.parametrize("written", [{}, {"load_strict": False}, {"load_strict": True}])
+@pytest.mark.parametrize("flag", [{}, {"load_strict": False}, {"load_strict": True}])
+def test_weights_must_fit_unless_file_or_flag_says_otherwise(
+    tmp_path: Path, written: dict[str, bool], flag: dict[str, bool]
+) -> None:
+    args = arguments(tmp_path, model=written, **flag)
+    merge_mm_args(args)
+    assert args.mm.model.load_strict is (False not in (*written.values(), *flag.values()))
+
+
 def test_patches_are_reported(tmp_path: Path) -> None:
     args = arguments(tmp_path, model={"patch": {"scale_grad": True, "ae_float32": False}})
     (note,) = merge_mm_args(args)

@@ -36,6 +36,10 @@ def test_yaml_reads_exponents_as_numbers(tmp_path: Path, number: str) -> None:
     }
 
 
+def test_yaml_keys_are_strings_as_in_json(tmp_path: Path) -> None:
+    assert read_file(write(tmp_path, "a.yaml", "on: 1\n2: {null: 3}\n")) == {"on": 1, "2": {"null": 3}}
+
+
 def test_yaml_anchors_and_merges_still_work(tmp_path: Path) -> None:
     text = "base: &base {a: 1, b: 2}\nnext: &next\n  <<: *base\n  b: 3\nlast:\n  <<: *next\n  a: 4\n"
     assert read_file(write(tmp_path, "a.yaml", text))["last"] == {"a": 4, "b": 3}
