@@ -103,24 +103,15 @@ class ConversationEncoder:
 
     def _tokenize(self, prompt: Prompt, pictures: list[Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Return the sample and a mask (L,) of its image tokens."""
-        text = prompt.text + self._renderer.closing_token
-        turns = [*prompt.turns[:-1], (prompt.turns[-1][0], prompt.turns[-1][1] + len(self._renderer.closing_token))]
-        # As in apply_chat_template: the template has written the special tokens, a second BOS would be wrong.
+        # As in apply_chat_template: where the template has written the BOS token, a second one would be wrong.
         bos = self.tokenizer.bos_token
-        special = self._takes_images and not (bos is not None and text.startswith(bos))
-        kwargs = {"return_tensors": "pt", "return_offsets_mapping": True, "add_special_tokens": special}
-        replaced = []
-        if self._takes_images:
-            if pictures:
-                kwargs.update(images=pictures, **self._image_options)
-            encoded = dict(self.processor(text=[text], return_text_replacement_offsets=True, **kwargs))
-            replaced = (encoded.pop("text_replacement_offsets", None) or [[]])[0]
-            if len(replaced) != len(pictures):
-                raise UserError(
-                    f"the processor placed {len(replaced)} of {len(pictures)} images; needs transformers >= 5.10"
-                )
-        else:
-            encoded = dict(self.tokenizer([text], **kwargs))
+        special = self._takes_images and not (bos is not None and prompt.text.startswith(bos))
+        kwargs: dict[str, Any] = {"return_offsets_mapping": True, "add_special_tokens": special}
+        if pictures:
+            kwargs.update(images=pictures, return_text_replacement_offsets=True, **self._image_options)
+        encoded = (self.processor if self._takes_images else self.tokenizer)(text=[prompt.text], **kwargs)
+        replaced = encoded.pop("text_replacement_offsets")[0] if pictures else []
+        encoded = encoded.convert_to_tensors("pt")
         starts, ends = encoded.pop("offset_mapping")[0].unbind(-1)
 
         def covers(spans: list[tuple[int, int]]) -> torch.Tensor:
@@ -132,8 +123,9 @@ class ConversationEncoder:
         # One row was encoded: keys of shape (1, L) are per token, the others belong to the images.
         length = len(starts)
         sample = {k: v[0] if v.shape[:2] == (1, length) else v for k, v in encoded.items()}
+        turns = prompt.turns[-1:] if self.options.mask_history else prompt.turns
         image_tokens = covers([item["new_span"] for item in replaced])
-        target = covers([_moved(span, replaced) for span in (turns[-1:] if self.options.mask_history else turns)])
+        target = covers([_moved(span, replaced) for span in turns])
         if self.options.train_on_prompt:
             target[:] = True
         sample["labels"] = sample["input_ids"].masked_fill(~target | image_tokens, IGNORE_INDEX)

@@ -18,7 +18,8 @@ class Prompt:
 
     Attributes:
         text: the prompt with one placeholder per image, as the processor wants it.
-        turns: for every assistant turn the character span ``[start, end)`` of its content and end-of-turn token.
+        turns: for every assistant turn the character span ``[start, end)`` of its content and end-of-turn token. A
+            conversation that the template leaves open is closed with the tokenizer's EOS token.
     """
 
     text: str
@@ -44,6 +45,7 @@ class ChatRenderer:
             UserError: there is no template, or it does not print what it is given.
         """
         self._processor = processor
+        self._tokenizer = getattr(processor, "tokenizer", processor)
         template = processor.chat_template
         if not template:
             raise UserError(
@@ -67,13 +69,6 @@ class ChatRenderer:
         self._end_of_turn = self._leading_special_token(self._tail)
         self._image_line_break = self._ends_image_with_line_break()
 
-    @property
-    def closing_token(self) -> str:
-        """The token to append to a conversation whose template leaves the last turn open, else ``""``."""
-        if self._end_of_turn:
-            return ""
-        return getattr(self._processor, "tokenizer", self._processor).eos_token or ""
-
     def render(self, messages: list[dict[str, str]]) -> Prompt:
         """Render ``messages``, which alternate user and assistant after an optional system turn.
 
@@ -91,6 +86,10 @@ class ChatRenderer:
                 if answer not in text[start:end]:
                     raise UserError(f"the model's chat template does not print message {index + 1} as it is written")
                 turns.append((start, end + len(self._end_of_turn)))
+        if not self._end_of_turn:
+            # The template leaves the last turn open; closed, it also teaches the model to stop.
+            text += self._tokenizer.eos_token or ""
+            turns[-1] = (turns[-1][0], len(text))
         return Prompt(text, turns)
 
     def _start_of_turn(self, text: str, before: list[dict[str, str]]) -> int:
@@ -147,8 +146,8 @@ class ChatRenderer:
         return all(message["content"] in text for message in messages)
 
     def _leading_special_token(self, text: str) -> str:
-        tokenizer = getattr(self._processor, "tokenizer", self._processor)
-        known = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
+        known = {str(token) for token in self._tokenizer.added_tokens_decoder.values()}
+        known |= set(self._tokenizer.all_special_tokens)
         choice = "|".join(re.escape(token) for token in sorted(known, key=len, reverse=True) if token)
         found = re.match(rf"\s*({choice})", text) if choice else None
         return found[1] if found else ""

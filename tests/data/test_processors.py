@@ -27,9 +27,11 @@ def test_a_processor_is_the_same_after_it_was_saved_and_loaded(family, processor
     first = load_processor(processor_folder(family))
     first.save_pretrained(tmp_path)
     second = load_processor(tmp_path)
-    assert type(second).__name__ == type(first).__name__ == json.loads(
-        (tmp_path / "processor_config.json").read_text()
-    )["processor_class"]
+    assert (
+        type(second).__name__
+        == type(first).__name__
+        == json.loads((tmp_path / "processor_config.json").read_text())["processor_class"]
+    )
     assert equal(outputs(first), outputs(second))
     assert second.chat_template == first.chat_template
 
@@ -50,7 +52,7 @@ def test_a_text_model_has_a_tokenizer_only(processor_folder):
 
 
 def test_a_folder_without_the_needed_files_is_named(tmp_path):
-    with pytest.raises(UserError, match="model_name_or_path: no folder .*missing"):
+    with pytest.raises(UserError, match=r"model_name_or_path: no folder .*missing"):
         load_processor(tmp_path / "missing")
     with pytest.raises(UserError, match="cannot load a processor from"):
         load_processor(tmp_path)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import chain
+
 import pytest
 
 from mindspeed_mm.data.samplers import DistributedBatchSampler
@@ -9,14 +11,14 @@ def global_batches(num_samples: int, micro_batch: int, ranks: int, accumulate: i
     """The samples of every optimizer step, in order: micro batches first, ranks within."""
     per_rank = [list(DistributedBatchSampler(num_samples, micro_batch, r, ranks, **options)) for r in range(ranks)]
     micro = [[i for rank in per_rank for i in rank[m]] for m in range(len(per_rank[0]))]
-    return [sum(micro[k : k + accumulate], []) for k in range(0, len(micro), accumulate)]
+    return [list(chain(*micro[k : k + accumulate])) for k in range(0, len(micro), accumulate)]
 
 
 @pytest.mark.parametrize(("micro_batch", "ranks", "accumulate"), [(2, 4, 1), (1, 8, 1), (4, 1, 2), (1, 2, 4)])
 def test_a_global_batch_is_the_same_samples_for_every_split(micro_batch, ranks, accumulate):
     expected = global_batches(24, 8, 1, 1, seed=3)
     assert global_batches(24, micro_batch, ranks, accumulate, seed=3) == expected
-    assert sorted(sum(expected, [])) == list(range(24))
+    assert sorted(chain(*expected)) == list(range(24))
 
 
 def test_order_depends_on_seed_and_epoch_and_on_nothing_else():

@@ -1,0 +1,181 @@
+"""Mistakes of a user: each is one UserError that names file, row, value and fix, before the first step."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+from PIL import Image
+
+from mindspeed_mm.data import build_mm_dataloader, build_mm_dataset
+from mindspeed_mm.errors import UserError
+
+
+def row(*contents: str, images: object = (), **more) -> dict:
+    roles = ("user", "assistant")
+    messages = [{"role": roles[n % 2], "content": content} for n, content in enumerate(contents)]
+    return {"images": list(images) if isinstance(images, tuple) else images, "messages": messages, **more}
+
+
+GOOD = row("hello", "world")
+
+
+def turns(*roles: str) -> dict:
+    return {"messages": [{"role": role, "content": "x"} for role in roles]}
+
+
+ROWS = {
+    "an image that does not exist": (
+        row("<image>", "x", images=("images/none.png",)),
+        r"image 'images/none.png' not found in .*; check the path and basic_parameters.dataset_dir",
+    ),
+    "an image above the folder": (
+        row("<image>", "x", images=("../a.png",)),
+        r"image '../a.png' is outside the data folder",
+    ),
+    "an absolute path elsewhere": (
+        row("<image>", "x", images=("/etc/hostname",)),
+        r"'/etc/hostname' is outside the data",
+    ),
+    "too few files": (
+        row("<image><image>", "x", images=("images/0.png",)),
+        r"2 <image> placeholder\(s\) .* but 1 file\(s\)",
+    ),
+    "too many files": (row("no mark", "x", images=("images/0.png",)), r"0 <image> placeholder\(s\) .* but 1 file\(s\)"),
+    "a file name that is a number": (row("<image>", "x", images=(3,)), r"column 'images' must be a list of file names"),
+    "two user turns": (turns("user", "user"), r"message 2 is from 'user', expected 'assistant'; turns must alternate"),
+    "an assistant first": (turns("assistant", "user"), r"message 1 is from 'assistant', expected 'user'"),
+    "a late system turn": (turns("user", "system"), r"message 2 is from 'system', expected 'assistant'"),
+    "no answer": (turns("system", "user"), r"must end with an assistant turn, found system user"),
+    "no turn": (turns(), r"must end with an assistant turn, found no turn"),
+    "an unknown tag": (turns("user", "asistant"), r"message 2: unknown role 'asistant'; .* Did you mean 'assistant'\?"),
+    "a tool turn": (turns("user", "observation"), r"tool turns \('observation'\) are not available yet"),
+    "a content that is not text": (
+        {"messages": [{"role": "user", "content": 3}, {"role": "assistant", "content": "x"}]},
+        r"message 1: 'content' must be text, found 3",
+    ),
+    "a message without content": (
+        {"messages": [{"role": "user", "contents": ""}]},
+        r"no column 'content' .*Did you mean",
+    ),
+    "messages that are text": ({"messages": "hello"}, r"column 'messages' must be a list of objects, found 'hello'"),
+    "a missing column": ({"message": []}, r"no column 'messages' \(attr.messages\).* Did you mean 'message'\?"),
+    "a row that is a list": ([1], r"a row must be a JSON object, found list"),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_bad_row_is_named_with_file_and_line(name, dataset_param, tmp_path):
+    bad, problem = ROWS[name]
+    param = dataset_param([GOOD, GOOD, bad])
+    start = time.perf_counter()
+    with pytest.raises(UserError, match=r"data\.jsonl:3: .*" + problem):
+        build_mm_dataset(param)
+    (tmp_path / "data.jsonl").write_text(json.dumps([GOOD, bad]))
+    with pytest.raises(UserError, match=r"data\.jsonl: row 2: .*" + problem):
+        build_mm_dataset(param)
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", r"data\.jsonl: the data file is empty"),
+        (b" \n\n", r"data\.jsonl: the data file is empty"),
+        (b"[]", r"data\.jsonl: holds no rows"),
+        (b'{"messages": []\n', r"data\.jsonl:1: broken JSON: .*; each line must hold one object"),
+        (json.dumps(GOOD).encode() + b"\n\n{oops}\n", r"data\.jsonl:3: broken JSON: .* \(column 2\)"),
+        (b'[\n{"messages": []},\n{oops}]', r"data\.jsonl:3: broken JSON"),
+        (b'{"messages": "\xff"}', r"data\.jsonl:1: not UTF-8 text .*save the file as UTF-8"),
+        (b'[{"messages": "\xff"}]', r"data\.jsonl: not UTF-8 text at byte"),
+        (b"id,text\n1,hello\n", r"data\.jsonl:1: not JSON: starts with 'id,text.* reads \.json and \.jsonl files"),
+    ],
+)
+def test_a_bad_file_is_named(content, problem, dataset_param, tmp_path):
+    param = dataset_param()
+    (tmp_path / "data.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=problem):
+        build_mm_dataset(param)
+
+
+def test_a_missing_file_is_named(dataset_param):
+    with pytest.raises(UserError, match=r"nowhere\.json: no such data file; check basic_parameters\.dataset"):
+        build_mm_dataset(dataset_param(dataset="nowhere.json"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", ["truncated", "not an image", "a bomb"])
+def test_an_image_that_cannot_be_decoded_is_named_by_a_worker_too(kind, workers, dataset_param, tmp_path, monkeypatch):
+    param = dataset_param([row("<image>", "x", images=("images/0.png",))])
+    file = tmp_path / "images" / "0.png"
+    if kind == "truncated":
+        file.write_bytes(file.read_bytes()[:-60])
+    elif kind == "not an image":
+        file.write_text("hello")
+    else:
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)  # below the 32 x 32 of the picture
+    loader = build_mm_dataloader(build_mm_dataset(param), {"num_workers": workers, "batch_size": 1})
+    problem = {
+        "truncated": "cannot be decoded: .*replace the file",
+        "not an image": "is not an image that Pillow can read; replace the file",
+        "a bomb": "(has 32x32 pixels, over the limit of 600|exceeds limit of 600 pixels)",
+    }[kind]
+    with pytest.raises(UserError, match=problem) as error:
+        next(iter(loader))
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path}/data.jsonl:1: ") and "0.png" in message and "Traceback" not in message
+
+
+def test_a_row_the_processor_refuses_is_named(dataset_param):
+    dataset = build_mm_dataset(dataset_param([row("look: <|image_pad|>", "x")]))
+    with pytest.raises(UserError, match=r"data\.jsonl:1: the model's processor refuses this row: .*<\|image_pad\|>"):
+        dataset[0]
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "problem"),
+    [
+        (
+            "basic_parameters",
+            {"packing": True},
+            r"basic_parameters\.packing: True is not available yet; remove the key",
+        ),
+        ("basic_parameters", {"neat_packing": True}, r"basic_parameters\.neat_packing: True is not available"),
+        ("basic_parameters", {"streaming": True}, r"basic_parameters\.streaming: True is not available"),
+        ("basic_parameters", {"train_on_prompt": True, "mask_history": True}, r"contradict each other"),
+        ("basic_parameters", {"dataset": None}, r"dataset_param\.basic_parameters\.dataset is required"),
+        ("preprocess_parameters", {"model_name_or_path": None}, r"model_name_or_path is required"),
+        ("preprocess_parameters", {"model_name_or_path": "/no"}, r"model_name_or_path: no folder '/no'"),
+        ("preprocess_parameters", {"image_max_pixel": 1}, r"unknown key.* Did you mean 'image_max_pixels'"),
+        ("attr", {"ranking": True}, r"attr\.ranking: True is not available"),
+        ("attr", {"formatting": "shargpt"}, r"attr\.formatting: .*Did you mean 'sharegpt'"),
+    ],
+)
+def test_keys_that_would_change_the_samples_are_refused(section, values, problem, dataset_param):
+    param = dataset_param()
+    param[section] = {**param[section], **values}
+    with pytest.raises(UserError, match=problem):
+        build_mm_dataset(param)
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"dataloader_mode": "variable"}, r"dataloader_mode: 'variable' is not available yet; use 'sampler'"),
+        (
+            {"sampler_type": "BucketBatchSampler"},
+            r"sampler_type: 'BucketBatchSampler' is not available yet; use one of",
+        ),
+        ({"group_data": True}, r"group_data: True is not available"),
+        (
+            {"collate_param": {"model_name": "qwen3v"}},
+            r"model_name: 'qwen3v' is not available; .*Did you mean 'qwen3vl'",
+        ),
+        ({"batch_size": 9}, r"has 8 samples, fewer than one micro batch of all ranks \(9 x 1\); lower --micro-batch"),
+        ({"shufle": True}, r"shufle: unknown key.* Did you mean 'shuffle'"),
+    ],
+)
+def test_bad_loader_keys_are_refused(values, problem, dataset_param):
+    with pytest.raises(UserError, match=problem):
+        build_mm_dataloader(build_mm_dataset(dataset_param()), values)

@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import pickle
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+from mindspeed_mm.data.encoding import IGNORE_INDEX, ConversationEncoder, EncodingOptions
+from mindspeed_mm.errors import UserError
+from tests.data.tiny import save_tiny_processor
+
+VISION = ["qwen3_vl", "qwen2_5_vl", "glm4v", "internvl"]
+
+
+@pytest.fixture
+def encoder(processor_folder):
+    def make(family: str, **options) -> ConversationEncoder:
+        return ConversationEncoder(EncodingOptions(str(processor_folder(family)), **options))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> list[str]:
+    from sklearn.datasets import load_sample_image
+
+    folder = tmp_path_factory.mktemp("pictures")
+    paths = []
+    for name, size in (("china.jpg", (64, 40)), ("flower.jpg", (36, 60))):
+        Image.fromarray(load_sample_image(name)).resize(size).save(folder / name)
+        paths.append(str(folder / name))
+    return paths
+
+
+def conversation(images: bool = True) -> list[dict[str, str]]:
+    mark = "<image>" if images else ""
+    return [
+        {"role": "system", "content": "You look at pictures."},
+        {"role": "user", "content": f"{mark}\nWhat is here, and {mark} here?"},
+        {"role": "assistant", "content": "A temple.\nAnd a flower <3"},
+        {"role": "user", "content": "Which colour?"},
+        {"role": "assistant", "content": " red"},
+    ]
+
+
+def targets(sample, encoder) -> list[str]:
+    """The text of every unbroken run of labels."""
+    ids = sample["labels"].tolist()
+    runs, run = [], []
+    for token in [*ids, IGNORE_INDEX]:
+        if token != IGNORE_INDEX:
+            run.append(token)
+        elif run:
+            runs.append(encoder.tokenizer.decode(run))
+            run = []
+    return runs
+
+
+@pytest.mark.parametrize("family", [*VISION, "text"])
+def test_labels_equal_the_generation_mask_of_the_template(family, encoder, pictures):
+    """Judge: the mask transformers derives from the {% generation %} marks of the tiny templates."""
+    enc = encoder(family)
+    messages = conversation(images=family != "text")
+    pictures = pictures if family != "text" else []
+    sample = enc.encode(messages, pictures, "row")
+
+    loaded = iter([Image.open(path).convert("RGB") for path in pictures])
+    parts = []
+    for message in messages:
+        content = []
+        for piece in re.split("(<image>)", message["content"]):
+            if piece == "<image>":
+                content.append({"type": "image", "image": next(loaded)})
+            elif piece:
+                after_image = family == "internvl" and content and piece.startswith("\n")
+                content.append({"type": "text", "text": piece[1:] if after_image else piece})
+        parts.append({"role": message["role"], "content": content})
+    options = {"crop_to_patches": False} if family == "internvl" else {}
+    kwargs = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    if family == "text":
+        judge = enc.processor.apply_chat_template([messages], **kwargs)
+    else:
+        judge = enc.processor.apply_chat_template([parts], processor_kwargs=options, return_tensors="pt", **kwargs)
+    ids = torch.as_tensor(judge["input_ids"])[0]
+    mask = torch.as_tensor(judge["assistant_masks"])[0].bool()
+    length = len(ids)
+    assert torch.equal(sample["input_ids"][:length], ids)
+    assert torch.equal(sample["labels"][:length] != IGNORE_INDEX, mask)
+    assert torch.equal(sample["labels"][:length][mask], ids[mask])
+    for key in judge.keys() - {"input_ids", "assistant_masks", "attention_mask", "mm_token_type_ids"}:
+        assert torch.equal(sample[key], judge[key]), key
+    # GLM's template leaves the last turn open: we close it, so that the model learns to stop.
+    closing = sample["labels"][length:].tolist()
+    assert closing == ([enc.tokenizer.eos_token_id] if family == "glm4v" else [IGNORE_INDEX] * len(closing))
+
+
+def test_target_text(encoder, pictures):
+    enc = encoder("qwen3_vl")
+    sample = enc.encode(conversation(), pictures, "row")
+    assert targets(sample, enc) == ["A temple.\nAnd a flower <3<|im_end|>", " red<|im_end|>"]
+    enc = encoder("glm4v")
+    assert targets(enc.encode(conversation(), pictures, "row"), enc) == [
+        "A temple.\nAnd a flower <3",
+        " red<|endoftext|>",
+    ]
+
+
+def test_mask_history_keeps_the_last_turn_only(encoder, pictures):
+    enc = encoder("internvl", mask_history=True)
+    assert targets(enc.encode(conversation(), pictures, "row"), enc) == [" red<|im_end|>"]
+
+
+def test_train_on_prompt_learns_all_text_and_no_image_token(encoder, pictures):
+    enc = encoder("qwen3_vl", train_on_prompt=True)
+    sample = enc.encode(conversation(), pictures, "row")
+    image = sample["input_ids"] == enc.processor.image_token_id
+    assert torch.equal(sample["labels"] == IGNORE_INDEX, image)
+    assert int(image.sum()) == int(sample["image_grid_thw"].prod(-1).sum()) // 4
+    assert torch.equal(sample["mm_token_type_ids"].bool(), image)
+
+
+def test_every_image_token_of_internvl_is_kept_from_the_labels(encoder, pictures):
+    enc = encoder("internvl", train_on_prompt=True)
+    sample = enc.encode(conversation(), pictures, "row")
+    image = torch.isin(sample["input_ids"], torch.tensor(enc.processor.image_token_ids))
+    assert torch.equal(sample["labels"] == IGNORE_INDEX, image) and int(image.sum()) == 2 * (1 + 4 + 1)
+
+
+def test_image_limits(encoder, pictures):
+    def size(**limits: int) -> tuple[int, int]:
+        """Height and width in pixels, after the processor has rounded them to multiples of 8."""
+        sample = encoder("qwen3_vl", **limits).encode(conversation(), pictures, "row")
+        return tuple(4 * sample["image_grid_thw"][0, 1:])
+
+    assert size() == (40, 64)
+    assert size(image_max_pixels=16 * 26, image_min_pixels=1) == (16, 24)
+    assert size(image_min_pixels=48 * 77, image_max_pixels=10**6) == (48, 80)
+
+
+def test_crop_to_patches_of_internvl(encoder, pictures):
+    one = encoder("internvl").encode(conversation(), pictures, "row")
+    many = encoder("internvl", crop_to_patches=True).encode(conversation(), pictures, "row")
+    assert one["pixel_values"].shape == (2, 3, 16, 16)
+    assert len(many["pixel_values"]) > 2
+    assert int((many["input_ids"] == encoder("internvl").processor.image_token_id).sum()) == 4 * len(
+        many["pixel_values"]
+    )
+
+
+def test_the_line_break_after_an_image_is_not_doubled(encoder, pictures):
+    enc = encoder("internvl")
+    text = enc.tokenizer.decode(enc.encode(conversation(), pictures, "row")["input_ids"])
+    assert "</img>\nWhat is here" in text
+    text = encoder("qwen3_vl").tokenizer.decode(
+        encoder("qwen3_vl").encode(conversation(), pictures, "row")["input_ids"]
+    )
+    assert "<|vision_end|>\nWhat is here" in text
+
+
+def test_a_long_sample_loses_its_end_but_never_part_of_an_image(encoder, pictures, caplog):
+    whole = encoder("qwen3_vl").encode(conversation(), pictures, "d.jsonl:7")
+    length = len(whole["input_ids"])
+    enc = encoder("qwen3_vl", seq_length=length - 4)
+    for _ in range(2):
+        cut = enc.encode(conversation(), pictures, "d.jsonl:7")
+    assert len(caplog.records) == 1 and f"d.jsonl:7: the sample has {length} tokens" in caplog.text
+    for key in ("input_ids", "labels", "attention_mask", "mm_token_type_ids"):
+        assert torch.equal(cut[key], whole[key][: length - 4])
+    assert torch.equal(cut["pixel_values"], whole["pixel_values"])
+
+    last_image = int((whole["input_ids"] == enc.processor.image_token_id).nonzero().max())
+    with pytest.raises(UserError, match=r"d.jsonl:7: .* would go through an image; raise --seq-length"):
+        encoder("qwen3_vl", seq_length=last_image).encode(conversation(), pictures, "d.jsonl:7")
+    with pytest.raises(UserError, match=r"d.jsonl:7: .* leave nothing to learn"):
+        encoder("qwen3_vl", seq_length=last_image + 3).encode(conversation(), pictures, "d.jsonl:7")
+
+
+def test_patch_count_equal_to_the_length_does_not_confuse_the_cut(encoder, tmp_path):
+    """pixel_values with as many rows as the sample has tokens is still not per token."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    messages = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "x"}]
+    base = len(encoder("qwen3_vl").encode(messages, [str(tmp_path / "a.png")], "row")["input_ids"])
+    messages[1]["content"] = "x" * (256 - base + 1)
+    sample = encoder("qwen3_vl", seq_length=250).encode(messages, [str(tmp_path / "a.png")], "row")
+    assert len(sample["input_ids"]) == 250 and len(sample["pixel_values"]) == 256
+
+
+def test_an_encoder_can_be_sent_to_a_spawned_worker(encoder, pictures):
+    enc = encoder("qwen3_vl", train_on_prompt=True)
+    one, two = (e.encode(conversation(), pictures, "row") for e in (enc, pickle.loads(pickle.dumps(enc))))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+THINKING = """{%- set last = messages | map(attribute='role') | list | length - 1 %}
+{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}
+{%- if m.role == 'assistant' %}{%- set answer = m.content.split('</think>')[-1].lstrip('\n') %}
+{%- if loop.index0 == last %}{{- m.content.split('</think>')[0] if '</think>' in m.content else '<think>\n\n' }}
+{{- '</think>\n\n' + answer }}{%- else %}{{- answer }}{%- endif %}
+{%- else %}{{- m.content }}{%- endif %}{{- '<|im_end|>\n' }}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}
+{%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}{%- endif %}"""
+
+
+@pytest.mark.parametrize(("thinking", "last"), [(True, "<think>\n\n</think>\n\nno<|im_end|>"), (False, "no<|im_end|>")])
+def test_templates_that_print_an_empty_thought_in_the_last_turn(thinking, last, tmp_path):
+    save_tiny_processor("text", tmp_path, chat_template=THINKING)
+    enc = ConversationEncoder(EncodingOptions(str(tmp_path), enable_thinking=thinking))
+    messages = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\nyes"},
+        {"role": "user", "content": "two"},
+        {"role": "assistant", "content": "no"},
+    ]
+    assert targets(enc.encode(messages, [], "row"), enc) == ["yes<|im_end|>", last]
+
+
+def test_templates_that_take_lists_of_parts_only(tmp_path):
+    template = """{% for m in messages %}<|im_start|>{{ m.role }}|{% for part in m.content %}{{ part.text }}{% endfor %}
+{%- if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant|{% endif %}"""
+    save_tiny_processor("text", tmp_path, chat_template=template)
+    enc = ConversationEncoder(EncodingOptions(str(tmp_path)))
+    assert targets(enc.encode(conversation(images=False), [], "row"), enc) == [
+        "A temple.\nAnd a flower <3<|im_end|>",
+        " red<|im_end|>",
+    ]
+
+
+def test_templates_that_break_the_conversation_are_refused(tmp_path):
+    turns = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    ask = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    cases = {
+        "does not print the text": "hello",
+        "puts nothing between two turns": "{% for m in messages %}{{ m.content }}{% endfor %}",
+        "rewrites earlier turns": "{{ messages | length }} " + turns + ask,
+        "does not print message 3 as it is written": (turns + ask).replace(
+            "m.content", "m.content | replace('A ', '')"
+        ),
+    }
+    for number, (problem, template) in enumerate(cases.items()):
+        save_tiny_processor("text", tmp_path / str(number), chat_template=template)
+        with pytest.raises(UserError, match=problem):
+            ConversationEncoder(EncodingOptions(str(tmp_path / str(number)))).encode(conversation(False), [], "row")
+
+
+def test_a_folder_without_a_chat_template_is_named(tmp_path):
+    tokenizer = save_tiny_processor("text", tmp_path / "with")
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "without")
+    with pytest.raises(UserError, match="has no chat template"):
+        ConversationEncoder(EncodingOptions(str(tmp_path / "without")))
+    with pytest.raises(UserError, match=r"row: the row has images but the model in .* only reads text"):
+        ConversationEncoder(EncodingOptions(str(tmp_path / "with"))).encode(conversation(), ["a.png"], "row")

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import json
+from itertools import chain
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.data import TensorDataset
+
+from mindspeed_mm.data import build_mm_dataloader, build_mm_dataset
+from mindspeed_mm.data.collators import PaddingCollator
+from mindspeed_mm.data.iterators import build_iterations
+from tests.data.tiny import save_digits, write_jsonl
+
+TEXT_ROW = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "world, " * 9}]}
+
+
+def answers(batch: dict, dataset) -> list[str]:
+    rows = [ids[ids >= 0].tolist() for ids in batch["labels"]]
+    return [dataset.encoder.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+
+
+def equal(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "glm4v", "internvl"])
+def test_batches_of_rows_with_and_without_images(family, dataset_param, tmp_path):
+    rows = [save_digits(tmp_path)[0], TEXT_ROW, save_digits(tmp_path)[2]]
+    dataset = build_mm_dataset(dataset_param(rows, family))
+    batch = next(iter(build_mm_dataloader(dataset, {"batch_size": 3, "shuffle": False})))
+    assert answers(batch, dataset) == ["The answer is 0.", "world, " * 9, "The answer is 2."]
+    size = batch["input_ids"].shape
+    assert size[0] == 3 and size[1] % 8 == 0
+    lengths = [len(dataset[i]["input_ids"]) for i in range(3)]
+    assert max(lengths) <= size[1] < max(lengths) + 8
+    for key in batch.keys() - {"pixel_values", "image_grid_thw"}:
+        assert batch[key].shape == size and batch[key].dtype == torch.int64, key
+    for number, length in enumerate(lengths):
+        assert (batch["input_ids"][number, length:] == dataset.encoder.tokenizer.pad_token_id).all()
+        assert batch["attention_mask"][number].tolist() == [1] * length + [0] * (size[1] - length)
+        assert (batch["labels"][number, length:] == -100).all()
+    assert torch.equal(batch["pixel_values"], torch.cat([dataset[i]["pixel_values"] for i in (0, 2)]))
+    if family != "internvl":
+        assert batch["image_grid_thw"].shape == (2, 3)
+        assert torch.equal(
+            batch["mm_token_type_ids"].bool(), batch["input_ids"] == dataset.encoder.processor.image_token_id
+        )
+
+
+def test_a_batch_without_images_has_no_image_keys(dataset_param):
+    batch = next(iter(build_mm_dataloader(build_mm_dataset(dataset_param([TEXT_ROW])), {"batch_size": 1})))
+    assert batch.keys() == {"input_ids", "attention_mask", "labels", "mm_token_type_ids"}
+
+
+def test_collator_options():
+    samples = [{"input_ids": torch.arange(n), "labels": torch.arange(n)} for n in (3, 5)]
+    batch = PaddingCollator(9, pad_to_multiple_of=1, ignore_pad_token_for_loss=False)(samples)
+    assert batch["input_ids"].tolist() == batch["labels"].tolist() == [[0, 1, 2, 9, 9], [0, 1, 2, 3, 4]]
+
+
+def test_layouts_that_mean_the_same_give_the_same_samples(dataset_param, tmp_path, monkeypatch):
+    param = dataset_param()
+    expected = build_mm_dataset(param)[3]
+    digits = save_digits(tmp_path)
+    basic, other = param["basic_parameters"], tmp_path / "other.json"
+
+    def check(rows: list, attr: dict, **changed) -> None:
+        other.write_text(json.dumps(rows))
+        changed = {**param, "attr": attr, "basic_parameters": {**basic, "dataset": str(other), **changed}}
+        assert equal(build_mm_dataset(changed)[3], expected)
+
+    check(digits, param["attr"])
+    # the documented default tags, one image as text, and columns that nobody reads
+    names = {"user": "human", "assistant": "gpt"}
+    sharegpt = [
+        {
+            "id": n,
+            "images": row["images"][0],
+            "conversations": [{"from": names[m["role"]], "value": m["content"], "weight": 1} for m in row["messages"]],
+        }
+        for n, row in enumerate(digits)
+    ]
+    check(sharegpt, {"images": "images"})
+    alpaca = [
+        {
+            "instruction": row["messages"][0]["content"].partition("\n")[0],
+            "input": "What digit is this?",
+            "output": row["messages"][1]["content"],
+            "images": row["images"],
+        }
+        for row in digits
+    ]
+    check(alpaca, {"formatting": "alpaca", "images": "images"})
+    # absolute paths, and paths from the working directory as published sets have them
+    check([{**row, "images": [str(tmp_path / row["images"][0])]} for row in digits], param["attr"])
+    monkeypatch.chdir(tmp_path.parent)
+    check([{**row, "images": [f"./{tmp_path.name}/{row['images'][0]}"]} for row in digits], param["attr"])
+
+
+def test_several_files_and_a_limit(dataset_param, tmp_path):
+    second = write_jsonl(tmp_path / "more.jsonl", [TEXT_ROW] * 3)
+    param = dataset_param()
+    param["basic_parameters"]["dataset"] += f",{second}"
+    assert len(build_mm_dataset(param)) == 11
+    param["basic_parameters"]["max_samples"] = 9
+    dataset = build_mm_dataset(param)
+    assert len(dataset) == 9 and torch.equal(
+        dataset[8]["labels"], build_mm_dataset(dataset_param([TEXT_ROW]))[0]["labels"]
+    )
+
+
+def test_validation_set_and_split(dataset_param, tmp_path):
+    valid_file = write_jsonl(tmp_path / "valid.jsonl", [TEXT_ROW] * 5)
+    train, valid = build_mm_dataset(dataset_param(val_dataset=str(valid_file), val_max_samples=2))
+    assert (len(train), len(valid)) == (8, 2)
+
+    one, two, other = (train.train_test_split(test_size=0.25, seed=seed) for seed in (1, 1, 2))
+    assert {name: len(part) for name, part in one.items()} == {"train": 6, "test": 2}
+    numbers = [[row["row"] for part in split.values() for row in part.rows] for split in (one, two, other)]
+    assert numbers[0] == numbers[1] != numbers[2] and sorted(numbers[0]) == list(range(1, 9))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_position_is_restored_exactly_across_epochs(workers, dataset_param):
+    dataset = build_mm_dataset(dataset_param())
+
+    def iterator():
+        return build_iterations(build_mm_dataloader(dataset, {"batch_size": 2, "num_workers": workers, "seed": 7}))[0]
+
+    straight = iterator()
+    batches = [next(straight) for _ in range(11)]
+    epochs = [sorted(chain(*(answers(b, dataset) for b in batches[n : n + 4]))) for n in (0, 4)]
+    assert epochs[0] == epochs[1] and not equal(batches[0], batches[4])
+    for stop in (3, 6):
+        first = iterator()
+        for _ in range(stop):
+            next(first)
+        second = iterator()
+        second.load_state_dict(first.state_dict())
+        assert all(equal(next(second), batch) for batch in batches[stop:])
+
+
+def test_the_seed_decides_the_order(dataset_param):
+    dataset = build_mm_dataset(dataset_param())
+    first = {
+        seed: next(iter(build_mm_dataloader(dataset, {"batch_size": 4, "seed": seed})))["labels"] for seed in (1, 2)
+    }
+    again = next(iter(build_mm_dataloader(dataset, {"batch_size": 4, "seed": 1, "num_workers": 2})))["labels"]
+    assert torch.equal(first[1], again) and not torch.equal(first[1], first[2])
+
+
+def test_sampler_names(dataset_param):
+    dataset = build_mm_dataset(dataset_param())
+
+    def order(**values) -> list[list[int]]:
+        return list(build_mm_dataloader(dataset, {"batch_size": 2, **values}).batch_sampler)
+
+    in_order = [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert order(sampler_type="SequentialSampler", shuffle=False) == in_order
+    for values in ({"sampler_type": "BaseRandomBatchSampler"}, {"sampler_type": "stateful_distributed_sampler"},
+                   {"dataloader_mode": "base"}):  # fmt: skip
+        assert order(**values, shuffle=True) != in_order == order(**values, shuffle=False)
+
+
+def test_a_data_set_of_the_user(dataset_param):
+    loader = build_mm_dataloader(
+        TensorDataset(torch.arange(8)), {"batch_size": 4, "shuffle": False}, consumed_samples=4
+    )
+    assert [batch[0].tolist() for batch in loader] == [[4, 5, 6, 7]]
+    assert [batch[0].tolist() for batch in loader] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert len(loader) == 2
+
+
+def test_keys_without_effect_are_named_once(dataset_param, capsys):
+    param = dataset_param(cache_dir="/tmp/x", template="qwen3_vl")
+    param["preprocess_parameters"]["video_fps"] = 1.0
+    build_mm_dataset(param)
+    said = capsys.readouterr().out
+    assert said.count("no effect") == 3 and "template: no effect, because prompts are rendered by" in said
+    build_mm_dataset(dataset_param())
+    assert capsys.readouterr().out == ""
+
+
+def micro_batches_of_this_rank(num_samples: int) -> list[list[int]]:
+    loader = build_mm_dataloader(TensorDataset(torch.arange(num_samples)), {"batch_size": 2}, dist.group.WORLD)
+    return [batch[0].tolist() for batch in loader]
+
+
+def test_two_ranks_share_the_order_of_one(ranks2):
+    one, two = ranks2.run(micro_batches_of_this_rank, 12)
+    alone = build_mm_dataloader(TensorDataset(torch.arange(12)), {"batch_size": 4})
+    assert [a + b for a, b in zip(one, two, strict=True)] == [batch[0].tolist() for batch in alone]
