@@ -39,10 +39,10 @@ def hf_to_dcp(hf_dir: str | Path, dcp_dir: str | Path, trust_remote_code: bool =
     bare = model_skeleton(hf_dir, trust_remote_code)
     shapes = {names: tensor.shape for names, tensor in named_tensors(bare).items()}
     with open_weights(hf_dir) as stored:
-        steps, unexpected = plan_import(bare, stored, [name for names in shapes for name in names])
-        if problems := check_import(steps, unexpected, shapes):
+        plan = plan_import(bare, stored, [name for names in shapes for name in names])
+        if problems := check_import(plan, shapes):
             raise UserError("\n".join([f"{hf_dir}: the weights do not fit its config.json.", *problems]))
-        owner = {name: step for step in steps for name in step.outputs}
+        owner = {name: step for step in plan.steps for name in step.outputs}
         source = {_PREFIX + names[0]: next(name for name in names if name in owner) for names in shapes}
         tensors = {key: owner[name].outputs[name] for key, name in source.items()}
         planner = _StreamingPlanner(bare, stored, {key: (name, owner[name]) for key, name in source.items()})
@@ -112,9 +112,9 @@ def model_skeleton(hf_dir: Path, trust_remote_code: bool = False) -> PreTrainedM
         raise UserError(f"{hf_dir}: no config.json; pass a Hugging Face model folder")
     try:
         config = AutoConfig.from_pretrained(hf_dir, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise UserError(f"{hf_dir / 'config.json'}: {first_line}") from error
+    except Exception as error:
+        # Transformers' validation errors have no common base class.
+        raise UserError(f"{hf_dir / 'config.json'}: {' '.join(str(error).split())}") from error
     name = (config.architectures or [None])[0]
     remote = next((v for v in (getattr(config, "auto_map", None) or {}).values() if str(v).endswith(f".{name}")), None)
     if remote and trust_remote_code:

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mindspeed_mm.checkpoint.hf_folder import FileTensor, open_weights
-from mindspeed_mm.checkpoint.hf_layout import ImportStep, plan_import, skeleton
+from mindspeed_mm.checkpoint.hf_layout import ImportPlan, ImportStep, plan_import, skeleton
 from mindspeed_mm.checkpoint.tensors import listing, local_block, local_part, named_tensors
 from mindspeed_mm.errors import UserError
 
@@ -37,37 +37,37 @@ def load_hf_weights(hf_model: PreTrainedModel, folder: str | Path, strict: bool 
     by_name = {name: tensor for names, tensor in targets.items() for name in names}
     bare = skeleton(type(hf_model), hf_model.config)
     with open_weights(folder) as stored:
-        steps, unexpected = plan_import(bare, stored, by_name)
-        problems = check_import(steps, unexpected, {names: tensor.shape for names, tensor in targets.items()})
+        plan = plan_import(bare, stored, by_name)
+        problems = check_import(plan, {names: tensor.shape for names, tensor in targets.items()})
         if problems and strict:
             hint = "Use the folder's own config.json, or pass --load-strict false to take what fits."
             raise UserError("\n".join([f"{folder}: the weights do not fit the model.", *problems, hint]))
         filled: set[int] = set()
-        for step in steps:
+        for step in plan.steps:
             _run(step, bare, stored, by_name, filled, folder)
     return problems
 
 
-def check_import(
-    steps: list[ImportStep], unexpected: list[str], shapes: dict[tuple[str, ...], torch.Size]
-) -> list[str]:
-    """Compare what the steps give with the model's weights; return what does not match.
+def check_import(plan: ImportPlan, shapes: dict[tuple[str, ...], torch.Size]) -> list[str]:
+    """Compare what a plan gives with the model's weights; return what does not match.
 
     Args:
-        steps: from `plan_import`.
-        unexpected: from `plan_import`.
+        plan: from `plan_import`.
         shapes: the model's weights, all names of each with its shape.
     """
-    given = {name: tensor.shape for step in steps for name, tensor in step.outputs.items()}
-    missing = [names[0] for names in shapes if not any(name in given for name in names)]
+    given = {name: tensor.shape for step in plan.steps for name, tensor in step.outputs.items()}
+    known = given.keys() | plan.broken.keys()
     expected = {name: shape for names, shape in shapes.items() for name in names}
-    reshaped = [
-        f"{name}: stored {tuple(shape)}, model {tuple(expected[name])}"
-        for name, shape in given.items()
-        if name in expected and shape != expected[name]
-    ]
-    unexpected = [*unexpected, *(name for name in given if name not in expected)]
-    problems = {"missing": missing, "not in the model": unexpected, "of another shape": reshaped}
+    problems = {
+        "missing": [names[0] for names in shapes if known.isdisjoint(names)],
+        "not in the model": [*plan.unexpected, *(name for name in given if name not in expected)],
+        "of another shape": [
+            f"{name}: stored {tuple(shape)}, model {tuple(expected[name])}"
+            for name, shape in given.items()
+            if name in expected and shape != expected[name]
+        ],
+        "in parts that do not fit together": [f"{name}: {reason}" for name, reason in plan.broken.items()],
+    }
     return [f"{len(names)} weights {what}:\n{listing(names)}" for what, names in problems.items() if names]
 
 

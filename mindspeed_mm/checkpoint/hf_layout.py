@@ -75,10 +75,23 @@ class ImportStep:
         return _convert(self, model, {key: stored[key].read for _, key in self.sources})
 
 
-def plan_import(
-    model: PreTrainedModel, stored: Mapping[str, Stored], wanted: Iterable[str]
-) -> tuple[list[ImportStep], list[str]]:
-    """Return the steps that turn what is stored into a model's weights, and the stored names that fit nowhere.
+@dataclass(frozen=True)
+class ImportPlan:
+    """How a model's weights come from what is stored.
+
+    Attributes:
+        steps: what to read and convert.
+        unexpected: stored names that fit nowhere.
+        broken: module weights whose parts on disk do not fit together, each with the reason.
+    """
+
+    steps: list[ImportStep]
+    unexpected: list[str]
+    broken: dict[str, str]
+
+
+def plan_import(model: PreTrainedModel, stored: Mapping[str, Stored], wanted: Iterable[str]) -> ImportPlan:
+    """Find out how to turn what is stored into a model's weights, by running every conversion on meta.
 
     Args:
         model: a `skeleton`.
@@ -105,12 +118,17 @@ def plan_import(
         else:
             sources.setdefault((target, pattern is not None), []).append((pattern or key, key))
 
-    steps = []
+    plan = ImportPlan([], [key for key in unexpected if not _ignorable(model, key)], {})
     for (target, converted), keys in sources.items():
         step = ImportStep(keys, target, by_pattern[keys[0][0]] if converted else None, {})
-        step.outputs.update(_convert(step, model, {key: _meta_of(stored[key]) for _, key in keys}))
-        steps.append(step)
-    return steps, [key for key in unexpected if not _ignorable(model, key)]
+        try:
+            step.outputs.update(_convert(step, model, {key: _meta_of(stored[key]) for _, key in keys}))
+        except (RuntimeError, ValueError) as error:
+            # An expert is missing, say.
+            plan.broken[target] = f"{len(keys)} tensors on disk, {error}"
+        else:
+            plan.steps.append(step)
+    return plan
 
 
 def _meta_of(tensor: Stored) -> Any:
