@@ -60,15 +60,25 @@ def apply_fsdp2(module: nn.Module, config: Fsdp2Config, process_group: dist.Proc
 
 
 def prepare_model(
-    model: nn.Module, process_group: dist.ProcessGroup | None = None, fsdp2_config_path: str | None = None
+    model: nn.Module,
+    process_group: dist.ProcessGroup | None = None,
+    fsdp2_config_path: str | None = None,
+    *,
+    param_dtype: str | None = None,
 ) -> ShardPlan:
     """Shard ``model`` the way it wants to be sharded: by its own override if it has one, else by ``apply_fsdp2``.
 
     The override is the first of these methods the model has: ``fully_shard(process_group, fsdp2_config_path, **kw)``,
     ``fully_shard()``, ``_fully_shard(fsdp2_kwargs, fsdp2_config)``. The last two find ``self.fsdp2_config`` and
     ``self.fsdp2_kwargs`` set. One that returns something falsy and wrapped nothing has declined.
+
+    Args:
+        model: with real or meta parameters.
+        process_group: the data-parallel group; default all ranks.
+        fsdp2_config_path: the yaml; without it every key has its default.
+        param_dtype: ``bf16`` computes in bfloat16 on fp32 parameters where the yaml does not choose (``--bf16``).
     """
-    sharding = Sharding(model, load_fsdp2_config(fsdp2_config_path), process_group)
+    sharding = Sharding(model, _with_dtype(load_fsdp2_config(fsdp2_config_path), param_dtype), process_group)
     with sharding.active():
         if callable(method := getattr(model, "fully_shard", None)):
             if "fsdp2_config_path" in (names := _parameter_names(method)) or "**" in names:
@@ -102,9 +112,10 @@ class Sharding:
 
     def __init__(self, module: nn.Module, config: Fsdp2Config, process_group: dist.ProcessGroup | None = None) -> None:
         self.module = module
-        self.config = config
+        # A model may pass the work on to a part of itself, which reads the yaml again.
+        self.config = _with_dtype(config, self._stack[-1].config.param_dtype if self._stack else None)
         self.group = process_group if process_group is not None else dist.group.WORLD
-        # A model may pass the work on to a part of itself: what is noted there belongs to the same plan.
+        # What is noted there belongs to the same plan.
         self.notes: list[str] = self._stack[-1].notes if self._stack else []
         self._leader: dict[nn.Module, nn.Module] = {}
         for key, default in _DEFAULTS_OF_MISSING_FEATURES.items():
@@ -309,6 +320,12 @@ class Sharding:
         leaders = list(units)
         for i, unit in enumerate(leaders):
             yield unit, leaders[i + 1 : i + 1 + n]
+
+
+def _with_dtype(config: Fsdp2Config, param_dtype: str | None) -> Fsdp2Config:
+    if config.param_dtype is not None or param_dtype is None:
+        return config
+    return config.model_copy(update={"param_dtype": param_dtype})
 
 
 def _parameter_names(method: Callable[..., Any]) -> set[str]:

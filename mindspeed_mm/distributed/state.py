@@ -27,6 +27,7 @@ class RankInfo:
         return cls(*(int(os.environ.get(name, default)) for name, default in _RANK_VARIABLES))
 
 
+_owns_process_group = False
 _RANK_VARIABLES = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
 
 
@@ -36,6 +37,8 @@ def connect_store(info: RankInfo, timeout: timedelta = timedelta(minutes=5)) -> 
     torchrun's agent hosts one store for all attempts. Without a prefix per attempt a restarted gloo job reads
     the addresses of the dead one from it.
     """
+    if dist.is_initialized():
+        return dist.PrefixStore("mindspeed_mm", dist.distributed_c10d._get_default_store())
     if info.world_size == 1 and "MASTER_ADDR" not in os.environ:
         return dist.HashStore()
     agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -50,11 +53,16 @@ def connect_store(info: RankInfo, timeout: timedelta = timedelta(minutes=5)) -> 
     return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def initialize(store: dist.Store, info: RankInfo, *, backend: str, timeout: timedelta) -> None:
-    """Bind the device, join the default process group and create megatron-core's groups (data parallel only)."""
+def initialize(store: dist.Store | None, info: RankInfo, *, backend: str, timeout: timedelta | None) -> None:
+    """Bind the device, join the default process group and create megatron-core's groups (data parallel only).
+
+    A process group or megatron-core groups that exist already are used as they are.
+    """
+    global _owns_process_group
     accelerator.set_device(info.local_rank)
     if not dist.is_initialized():
         dist.init_process_group(backend, store=store, rank=info.rank, world_size=info.world_size, timeout=timeout)
+        _owns_process_group = True
     accelerator.load_megatron_core()
     from megatron.core import parallel_state
 
@@ -63,13 +71,15 @@ def initialize(store: dist.Store, info: RankInfo, *, backend: str, timeout: time
 
 
 def shutdown() -> None:
-    """Leave every process group."""
-    if not dist.is_initialized():
+    """Leave the process groups that :func:`initialize` created."""
+    global _owns_process_group
+    if not _owns_process_group:
         return
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+    _owns_process_group = False
 
 
 def data_parallel_group() -> dist.ProcessGroup:
@@ -84,22 +94,28 @@ def is_last_rank() -> bool:
     return not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
 
 
+def print_line(message: object) -> None:
+    """Print a line in one piece: launchers run ranks unbuffered, and their lines must not mix."""
+    sys.stdout.write(f"{message}\n")
+    sys.stdout.flush()
+
+
 def print_rank_0(message: object) -> None:
     """Print on rank 0 only, at once."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(message, flush=True)
+        print_line(message)
 
 
 def print_rank_last(message: object) -> None:
     """Print on the last rank only, at once."""
     if is_last_rank():
-        print(message, flush=True)
+        print_line(message)
 
 
 def warn_rank_0(message: str) -> None:
     """Print a warning line to stderr on rank 0 only."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"warning: {message}\n")
 
 
 def average_over(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

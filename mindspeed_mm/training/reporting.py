@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed_mm import accelerator
-from mindspeed_mm.distributed.state import data_parallel_group, is_last_rank, print_rank_last
+from mindspeed_mm.distributed.state import data_parallel_group, is_last_rank, print_line, print_rank_last
 
 
 @dataclass
@@ -229,7 +229,7 @@ class TrainingLog:
             self._progress.update(self._progress.task_ids[0], completed=records[-1].iteration)
             self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
         else:
-            print(line, flush=True)
+            print_line(line)
 
     def _write_tensorboard(self, row: Mapping[str, Any], keys: Sequence[str]) -> None:
         iteration, samples = row["iteration"], row["consumed_samples"]

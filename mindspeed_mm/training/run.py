@@ -20,7 +20,7 @@ from mindspeed_mm.configs.config import merge_mm_args
 from mindspeed_mm.data.iterators import CyclicIterator
 from mindspeed_mm.distributed import state
 from mindspeed_mm.distributed.fsdp2 import ShardPlan, prepare_model
-from mindspeed_mm.distributed.meta import meta_init
+from mindspeed_mm.distributed.meta import materialize, meta_init, module_init
 from mindspeed_mm.engine.fsdp2 import FSDP2Engine
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.plugins import load_plugin
@@ -47,8 +47,8 @@ def run(
 ) -> None:
     """Train as :func:`mindspeed_mm.training.pretrain` describes."""
     start = time.monotonic()
-    args = _prepare_args(extra_args_provider, args_defaults)
-    _join_job(args, store_slot)
+    args, notes = _prepare_args(extra_args_provider, args_defaults)
+    _join_job(args, store_slot, notes)
     state.print_rank_0(f"time to initialize megatron (seconds): {time.monotonic() - start:.3f}")
     for plugin in args.plugin:
         load_plugin(plugin)
@@ -87,36 +87,45 @@ def run(
     state.shutdown()
 
 
-def _prepare_args(provider: Callable[..., Any] | None, defaults: dict[str, Any]) -> Namespace:
+def _prepare_args(provider: Callable[..., Any] | None, defaults: dict[str, Any]) -> tuple[Namespace, list[str]]:
+    """Return the arguments, and lines about settings that the user wrote and that do not count."""
     args = parse_args(provider, defaults)
     if not args.use_torch_fsdp2:
         raise UserError("--use-torch-fsdp2 is missing: this version trains under FSDP2; add the flag.")
     validate_args(args, state.RankInfo.from_environment().world_size)
-    merge_mm_args(args)
+    notes = merge_mm_args(args) + report_inert_flags(args, "fsdp2")
     args.params_dtype = _DTYPES[args.params_dtype_name]
     set_args(args)
-    return args
+    return args, notes
 
 
-def _join_job(args: Namespace, store_slot: StoreSlot) -> None:
+def _join_job(args: Namespace, store_slot: StoreSlot, notes: list[str]) -> None:
     info = state.RankInfo.from_environment()
     requested = args.distributed_backend if "distributed_backend" in args.explicit else None
     backend, warning = accelerator.resolve_backend(requested)
     store_slot.store = state.connect_store(info)
     timeout = timedelta(minutes=args.distributed_timeout_minutes)
     state.initialize(store_slot.store, info, backend=backend, timeout=timeout)
-    for line in ([warning] if warning else []) + report_inert_flags(args, "fsdp2"):
-        state.warn_rank_0(line)
+    if warning:
+        state.warn_rank_0(warning)
+    for note in notes:
+        state.print_rank_0(note)
 
 
 def _build_model(args: Namespace, provider: Callable[..., Any]) -> tuple[nn.Module, ShardPlan]:
     with meta_init() if args.init_model_with_meta_device else nullcontext():
         model = call_model_provider(provider)
-    plan = prepare_model(model, state.data_parallel_group(), args.fsdp2_config_path)
+    param_dtype = None if args.params_dtype_name == "fp32" else args.params_dtype_name
+    plan = prepare_model(model, state.data_parallel_group(), args.fsdp2_config_path, param_dtype=param_dtype)
     for line in plan.lines():
         state.print_rank_0(line)
     total = sum(p.numel() for p in model.parameters())
     state.print_rank_0(f" > number of parameters: {total:,}")
+    if args.init_model_with_meta_device:
+        # Values that a strict load is about to replace are not computed first.
+        weights_follow = args.load_strict and (args.load or getattr(model, "weights_source", None))
+        init = None if weights_follow else module_init(model)
+        materialize(model, accelerator.device(), init, args.seed, shard_device=plan.shard_device)
     return model, plan
 
 
