@@ -103,7 +103,7 @@ class Sharding:
     def __init__(self, module: nn.Module, config: Fsdp2Config, process_group: dist.ProcessGroup | None = None) -> None:
         self.module = module
         self.config = config
-        self.group = process_group if process_group is not None else dist.group.WORLD
+        self.group = process_group if process_group is not None else dist.distributed_c10d._get_default_group()
         # A model may pass the work on to a part of itself: what is noted there belongs to the same plan.
         self.notes: list[str] = self._stack[-1].notes if self._stack else []
         self._leader: dict[nn.Module, nn.Module] = {}
@@ -134,8 +134,8 @@ class Sharding:
 
     def expose(self) -> None:
         """Set ``fsdp2_config`` and ``fsdp2_kwargs`` on the module, where overrides read them."""
-        self.module.fsdp2_config = self.config
-        self.module.fsdp2_kwargs = self.kwargs
+        model: Any = self.module
+        model.fsdp2_config, model.fsdp2_kwargs = self.config, self.kwargs
 
     def apply(self) -> None:
         """The default flow."""
@@ -231,7 +231,8 @@ class Sharding:
     @cached_property
     def _shard_size(self) -> int:
         world, size = dist.get_world_size(self.group), self.config.sharding_size
-        size = {None: 1, "auto": world}.get(size, size)
+        if not isinstance(size, int):
+            size = world if size == "auto" else 1
         if size < 1 or world % size:
             raise UserError(
                 f"fsdp2 config, sharding_size: {size} does not divide the {world} data-parallel ranks; "
@@ -302,7 +303,7 @@ class Sharding:
 
     def _each_with_next(self, order: Iterable[nn.Module], n: int) -> Iterator[tuple[FSDPModule, list[FSDPModule]]]:
         # Modules wrapped together are one unit; the first of them speaks for all.
-        units: dict[FSDPModule, None] = {}
+        units: dict[Any, None] = {}
         for module in order:
             if isinstance(module, FSDPModule) and module is not self.module:
                 units.setdefault(self._leader.get(module, module))

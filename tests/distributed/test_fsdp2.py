@@ -55,7 +55,7 @@ def test_values_that_do_not_fit(ranks2: RankPool, words: str, keys: dict[str, An
 def check_parity(keys: dict[str, Any], model: dict[str, Any]) -> list[str]:
     sharded = tiny(**model)
     plan = shard(sharded, **keys)
-    assert plan.reduction == "sum" and plan.ignored == []
+    assert plan.ignored == []
     assert_same_gradients(sharded, tiny(**model))
     return plan.lines()
 
@@ -109,7 +109,7 @@ def test_sub_modules_to_wrap_and_the_printed_plan(ranks2: RankPool) -> None:
     rows = {line.split()[0]: line.split()[1:] for line in lines[2:]}
     assert rows["layers.{0,2}"] == ["2", "30"] and rows["layers.{0-1}.linear"] == ["2", "60"]
     assert rows["left"][-1] == "121"
-    assert "2 rank(s) = 1 replica(s) x 2 shard(s), gradients reduced by sum" in lines[0]
+    assert "2 rank(s) = 1 replica(s) x 2 shard(s)" in lines[0]
 
 
 def check_left_out() -> list[list[str]]:
@@ -179,7 +179,6 @@ def check_reshard() -> None:
         shard(model, **LAYERS, reshard_after_forward=value)
         loss = loss_of(model, batches(1)[0])
         assert isinstance(model.layers[0].linear.weight, DTensor) is value
-        assert isinstance(model.embed.weight, DTensor) is value
         loss.backward()
         assert isinstance(model.layers[0].linear.weight, DTensor)
 
