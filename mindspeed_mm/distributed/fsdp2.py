@@ -25,6 +25,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
 
 from mindspeed_mm import accelerator
 from mindspeed_mm.configs.fsdp2 import Fsdp2Config, load_fsdp2_config
@@ -167,6 +168,9 @@ class Sharding:
                 raise UserError(
                     f"fsdp2 config: '{both[0]}' is in sub_modules_to_wrap and inside ignored_modules; take one out."
                 )
+        if (dtype := self.kwargs["mp_policy"].param_dtype) is not None and self.config.cast_forward_inputs:
+            for module in self.ignored_modules.values():
+                _compute_in_own_dtype(module, dtype)
         # Only the model's own output is cast: layers in between keep handing on the compute dtype.
         inner = {**self.kwargs, "mp_policy": replace(self.kwargs["mp_policy"], output_dtype=None)}
         for group in wrap_order(self.module, units, self.kwargs.get("ignored_params", set())):
@@ -310,6 +314,19 @@ class Sharding:
         leaders = list(units)
         for i, unit in enumerate(leaders):
             yield unit, leaders[i + 1 : i + 1 + n]
+
+
+def _compute_in_own_dtype(module: nn.Module, dtype: torch.dtype) -> None:
+    """Let an ignored module, whose parameters nobody casts, work between neighbours that compute in ``dtype``."""
+    own = next((param.dtype for param in module.parameters() if param.is_floating_point()), None)
+    if own is None or own == dtype:
+        return
+
+    def cast(values: Any, to: torch.dtype) -> Any:
+        return tree_map(lambda x: x.to(to) if isinstance(x, torch.Tensor) and x.is_floating_point() else x, values)
+
+    module.register_forward_pre_hook(lambda _, args, kwargs: cast((args, kwargs), own), with_kwargs=True)
+    module.register_forward_hook(lambda _, args, output: cast(output, dtype))
 
 
 def _parameter_names(method: Callable[..., Any]) -> set[str]:

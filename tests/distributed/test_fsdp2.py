@@ -140,8 +140,20 @@ def check_ignored() -> None:
     assert torch.equal(other, gradient) == (dist.get_rank() == 0), "FSDP reduced an ignored gradient"
 
 
+def check_ignored_in_mixed_precision() -> None:
+    model, seen = tiny(), []
+    model.tower[0].register_forward_hook(lambda _, args, output: seen.extend([args[0].dtype, output.dtype]))
+    shard(model, **LAYERS, ignored_modules=["tower"], param_dtype="bf16")
+    model.embed.register_forward_hook(lambda _, args, output: seen.append(output.dtype))
+    out = model(*batches(1)[0])
+    assert seen == [torch.bfloat16, torch.float32, torch.float32] and out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert model.tower[0].weight.grad.dtype == torch.float32
+
+
 def test_ignored_modules(ranks2: RankPool) -> None:
     ranks2.run(check_ignored)
+    ranks2.run(check_ignored_in_mixed_precision)
 
 
 def check_recompute() -> None:
