@@ -10,11 +10,12 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mindspeed_mm.errors import UserError
@@ -26,13 +27,15 @@ _building: ContextVar[bool] = ContextVar("meta_init", default=False)
 def meta_init() -> Iterator[None]:
     """Put every parameter that is registered inside the context on the meta device.
 
-    Unlike ``accelerate.init_empty_weights``, a parameter registered under two names stays one parameter.
+    Unlike with ``accelerate.init_empty_weights``, a parameter registered under two names stays one parameter, and
+    weights that ``from_pretrained`` loads inside the context (a frozen text encoder, say) stay real.
     """
     register = nn.Module.register_parameter
     meta_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:
+        is_loaded = getattr(param, "_is_hf_initialized", False)
+        if param is not None and not param.is_meta and not is_loaded:
             if param not in meta_of:
                 meta_of[param] = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
                 meta_of[param].__dict__.update(param.__dict__)
@@ -40,7 +43,7 @@ def meta_init() -> Iterator[None]:
         register(module, name, param)
 
     token = _building.set(True)
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -154,7 +157,7 @@ def module_init(module: nn.Module, by_parts: bool = False) -> Callable[[nn.Modul
     Raises:
         UserError: by the returned function, for parameters that none of these covers.
     """
-    owners: dict[nn.Module, nn.Module | None] = {}
+    owners: dict[nn.Module, Any] = {}
 
     def is_whole(submodule: nn.Module) -> bool:
         return _has_own_init_weights(submodule) and not (by_parts and submodule is module)
@@ -167,7 +170,7 @@ def module_init(module: nn.Module, by_parts: bool = False) -> Callable[[nn.Modul
         for child in submodule.children():
             assign(child, owner)
 
-    def init(submodule: nn.Module) -> None:
+    def init(submodule: Any) -> None:
         owner = owners[submodule]
         if owner is not None and is_whole(owner):
             if owner is submodule:
@@ -252,7 +255,7 @@ def _local_part(full: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Return the part of ``full`` that this rank holds of ``like``; no communication."""
     if isinstance(like, DTensor):
         for dim, placement in enumerate(like.placements):
-            if placement.is_shard():
+            if isinstance(placement, Shard):
                 chunks = full.chunk(like.device_mesh.size(dim), placement.dim)
                 rank = like.device_mesh.get_local_rank(dim)
                 # An uneven dimension can leave the last ranks without a chunk.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -166,6 +167,18 @@ def test_initialize_depends_on_seed_and_path_only() -> None:
     assert not torch.equal(one.layers[0][0].weight, one.layers[1][0].weight)
     initialize(two, module_init(two), seed=2)
     assert digest(one) != digest(two)
+
+
+def test_weights_loaded_inside_the_context_stay_real(tmp_path: Path, poison: None) -> None:
+    import transformers as hf
+
+    saved = hf.Qwen2ForCausalLM._from_config(hf.Qwen2Config(**TEXT))
+    saved.save_pretrained(tmp_path)
+    with meta_init():
+        model = nn.ModuleDict({"encoder": hf.Qwen2ForCausalLM.from_pretrained(tmp_path), "new": nn.Linear(2, 2)})
+    assert materialize(model, CPU, module_init(model)) == ["new.weight", "new.bias"]
+    for (name, param), reference in zip(model["encoder"].named_parameters(), saved.parameters(), strict=True):
+        assert torch.equal(param, reference), name
 
 
 def test_a_buffer_computed_from_a_parameter_is_an_error() -> None:

@@ -37,4 +37,4 @@ class MultiModalModule(nn.Module):
 
     def _get_layer(self, layer_number: int) -> nn.Module:
         """Return layer ``layer_number`` of this pipeline stage, counted from 0."""
-        return self.layers[layer_number]
+        return self.get_submodule(f"layers.{layer_number}")

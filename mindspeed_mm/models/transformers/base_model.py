@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -25,8 +25,14 @@ from mindspeed_mm.distributed.fsdp2 import Sharding
 from mindspeed_mm.distributed.meta import initialize, materialize, module_init
 from mindspeed_mm.distributed.patterns import parse_numbers, resolve, resolve_all
 
+# The mixins are only ever part of a module, but must not put nn.Module in front of a class's other bases.
+if TYPE_CHECKING:
+    _Module = nn.Module
+else:
+    _Module = object
 
-class FSDP2Mixin:
+
+class FSDP2Mixin(_Module):
     """Sharding of a model by ``fsdp2_config.yaml``, with hooks for a strategy of its own.
 
     ``fully_shard`` calls ``_pre_fully_shard``, ``_fully_shard`` (the usual one to override) and
@@ -88,7 +94,7 @@ class FSDP2Mixin:
         return self._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device), recurse=recurse)
 
 
-class WeightInitMixin:
+class WeightInitMixin(_Module):
     """Random initial weights for models that bring no scheme of their own."""
 
     def _init_weights(self, module: nn.Module, std: float = 0.02) -> None:
@@ -188,8 +194,10 @@ def set_modules_to_prefetch(*args: Any) -> None:
 
 
 def _sharding(module: nn.Module | None, config: Fsdp2Config | Iterable[str] | None, key: str) -> Sharding:
-    current = Sharding.current() if module is None or Sharding.depth() else None
-    if module is None or (current and module is current.module and config is current.config):
+    if module is None:
+        return Sharding.current()
+    current = Sharding.current() if Sharding.depth() else None
+    if current and module is current.module and config is current.config:
         return current
     if not isinstance(config, Fsdp2Config):
         base = current.config if current else Fsdp2Config()
