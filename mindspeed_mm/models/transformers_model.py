@@ -57,7 +57,7 @@ class TransformersModel(MultiModalModule):
             UserError: the folder, the class or the weights cannot be found or do not fit together, or a key has
                 a value that is not known.
         """
-        super().__init__(config=None)
+        super().__init__(config)
         self.hf_path = _hf_folder(config)
         self._read_loss_config(config)
         self.transformer_config = _load_hf_config(self.hf_path, config)
