@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mindspeed_mm.distributed.fsdp2 import prepare_model
 from mindspeed_mm.distributed.meta import is_meta_init
-from mindspeed_mm.distributed.state import print_rank_0
+from mindspeed_mm.distributed.state import print_rank_0, warn_rank_0
 from mindspeed_mm.errors import UserError, did_you_mean
 from mindspeed_mm.losses import (
     IGNORE,
@@ -28,8 +28,9 @@ from mindspeed_mm.models.common.module import MultiModalModule
 from mindspeed_mm.models.transformers.attention import attention_implementation
 from mindspeed_mm.models.transformers.base_model import FSDP2Mixin
 from mindspeed_mm.models.transformers.blank_image import BlankImage
-from mindspeed_mm.models.transformers.families import family_of
+from mindspeed_mm.models.transformers.families import family_of, has_vision
 from mindspeed_mm.models.transformers.freeze import freeze_components, frozen_line
+from mindspeed_mm.models.transformers.weight_layout import share_weight_layout
 
 _COMPUTE_MODES = ("default", "chunk")
 
@@ -56,7 +57,7 @@ class TransformersModel(MultiModalModule):
             UserError: the folder, the class or the weights cannot be found or do not fit together, or a key has
                 a value that is not known.
         """
-        super().__init__(config=None)
+        super().__init__(config)
         self.hf_path = _hf_folder(config)
         self._read_loss_config(config)
         self.transformer_config = _load_hf_config(self.hf_path, config)
@@ -85,6 +86,11 @@ class TransformersModel(MultiModalModule):
         if line := frozen_line(self.model):
             print_rank_0(line)
         self._blank_image = BlankImage(self.model, family, self.transformer_config) if family.dummy_image else None
+        if has_vision(self.transformer_config) and self._blank_image is None and _is_one_of_several_ranks():
+            warn_rank_0(
+                f"{model_cls.__name__} has a vision tower but no entry in FAMILIES (mindspeed_mm/models/transformers/"
+                f"families.py): every micro-batch of every rank needs an image, or the ranks fall out of step."
+            )
         self._accepts = set(inspect.signature(self.model.forward).parameters)
 
     def _read_loss_config(self, config: Any) -> None:
@@ -171,6 +177,10 @@ class TransformersModel(MultiModalModule):
         result["aux_loss"] = aux_loss.detach()
 
 
+def _is_one_of_several_ranks() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
 def _check_choice(key: str, value: Any, choices: Any) -> None:
     if value not in choices:
         raise UserError(
@@ -202,6 +212,7 @@ def _load_hf_config(folder: str, config: Any) -> Any:
 
 def _from_pretrained(model_cls: Any, folder: str, hf_config: Any, config: Any, options: dict[str, Any]) -> Any:
     """Return the model with the folder's weights, all of them, in fp32 on the host."""
+    share_weight_layout(model_cls)
     try:
         model, report = model_cls.from_pretrained(folder, config=hf_config, output_loading_info=True, **options)
     except OSError as error:

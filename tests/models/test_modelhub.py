@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from torch import Tensor, nn
 
@@ -15,8 +16,9 @@ import mindspeed_mm.models.transformers.modelhub as modelhub
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.common.modelzoo import ModelHub
 from mindspeed_mm.models.plugins import load_plugin
+from mindspeed_mm.models.transformers.base_model import FSDP2Mixin, WeightInitMixin
 from mindspeed_mm.models.transformers_model import TransformersModel
-from tests.models.tiny import FAMILIES, tiny_batch, tiny_config
+from tests.models.tiny import FAMILIES, save_tiny, tiny_batch, tiny_config, tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -154,6 +156,18 @@ def test_documented_adapter_from_a_plugin_trains(plugin: Any, tmp_path: Path) ->
     model(**batch)["loss"].backward()
     assert {n.split(".")[1] for n, p in model.named_parameters() if p.grad is None} == {"vision_model"}
     assert load_plugin(str(tmp_path / "chat_plugin.py")) is plugin, "a second --plugin imports nothing twice"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapter_reads_the_published_weights_of_its_parent(family: str, tmp_path: Path) -> None:
+    parent = getattr(transformers, tiny_config(family).architectures[0])
+    adapter = type(f"{family}_adapter", (parent, FSDP2Mixin, WeightInitMixin), {"__module__": __name__})
+    ModelHub.MODEL_MAPPINGS["adapter"] = adapter
+    save_tiny(family, tmp_path)
+    model = TransformersModel({"model_id": "adapter", "init_from_hf_path": str(tmp_path)}).model
+    assert type(model) is adapter
+    for (name, found), expected in zip(model.named_parameters(), tiny_model(family).parameters(), strict=True):
+        assert torch.equal(found, expected), name
 
 
 def test_plugin_may_be_a_module() -> None:

@@ -13,7 +13,10 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from mindspeed_mm.distributed.fsdp2 import prepare_model
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.common.modelzoo import ModelHub
+from mindspeed_mm.models.transformers.base_model import FSDP2Mixin, WeightInitMixin
 from mindspeed_mm.models.transformers_model import TransformersModel
 from tests.models.tiny import VISION_FAMILIES, save_tiny, tiny_batch
 from tests.ranks import RankPool
@@ -86,6 +89,33 @@ def test_chunked_and_router_loss_under_sharding(ranks2: RankPool, tmp_path: Path
         for a, b in zip(found, expected, strict=True):
             for name in b:
                 torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def adapter_on_ranks(config: dict[str, Any], yaml: str) -> tuple[list[tuple[str, int]], dict[str, Tensor]]:
+    """The documented adapter form through the trainer's own way of sharding."""
+    from transformers import InternVLForConditionalGeneration
+
+    class Adapter(InternVLForConditionalGeneration, FSDP2Mixin, WeightInitMixin):
+        pass
+
+    ModelHub.MODEL_MAPPINGS["adapter"] = Adapter
+    model = TransformersModel(config | {"model_id": "adapter"})
+    plan = prepare_model(model, dist.group.WORLD, yaml)
+    scale = dist.get_world_size() if plan.reduction == "sum" else 1
+    (model(**batch("internvl", 0, dist.get_rank()))["loss"] / scale).backward()
+    grads = {name: p.grad.full_tensor().clone() for name, p in model.named_parameters()}
+    return [(row.pattern, row.modules) for row in plan.rows], grads
+
+
+def test_documented_adapter_is_sharded_by_the_yaml(ranks2: RankPool, tmp_path: Path) -> None:
+    config = {"init_from_hf_path": str(save_tiny("internvl", tmp_path))}
+    yaml = tmp_path / "fsdp2_config.yaml"  # its paths start inside the HF model
+    yaml.write_text("sharding_size: auto\nsub_modules_to_wrap: ['model.language_model.layers.{*}', lm_head]\n")
+    expected = gradients_in_one_process("internvl", config)[0]
+    for rows, found in ranks2.run(adapter_on_ranks, config, str(yaml)):
+        assert dict(rows) == {"model.model.language_model.layers.{0-1}": 2, "model.lm_head": 1}
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-6, atol=1e-9, msg=name)
 
 
 def images_and_videos(config: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+from mindspeed_mm.configs.model import ModelConfig
 from mindspeed_mm.distributed.meta import meta_init
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.transformers_model import TransformersModel
@@ -105,8 +106,9 @@ def test_image_tokens_are_found_when_the_batch_does_not_say(folders: dict[str, P
     assert torch.equal(model(**batch, position_ids=None)["loss"], expected)
 
 
-def test_config_may_be_an_object(folders: dict[str, Path]) -> None:
-    config = SimpleNamespace(init_from_hf_path=str(folders["qwen3"]), loss_cfg=SimpleNamespace(loss_type="default"))
+@pytest.mark.parametrize("kind", [ModelConfig, SimpleNamespace])
+def test_config_may_be_an_object(folders: dict[str, Path], kind: Any) -> None:
+    config = kind(init_from_hf_path=str(folders["qwen3"]), model_id="qwen3", trust_remote_code=False)
     assert TransformersModel(config).hf_path == str(folders["qwen3"])
 
 
