@@ -75,10 +75,10 @@ def dcp_to_hf(
     # A bare Hugging Face model has no wrapper's `model.` before its names.
     found = {prefix: sum(prefix + names[0] in saved for names in weights) for prefix in (_PREFIX, MODEL)}
     prefix = max(found, key=lambda p: found[p])
-    keys = {names[0]: next((prefix + n for n in names if prefix + n in saved), None) for names in weights}
-    if missing := [name for name, key in keys.items() if key is None]:
+    keys = {names[0]: prefix + name for names in weights for name in reversed(names) if prefix + name in saved}
+    if missing := [names[0] for names in weights if names[0] not in keys]:
         raise UserError(
-            f"{path} lacks {len(missing)} of the {len(keys)} weights of the model in {model_assets_dir}:\n"
+            f"{path} lacks {len(missing)} of the {len(weights)} weights of the model in {model_assets_dir}:\n"
             f"{listing(missing)}\nPass the folder of the model that was trained as --model-assets-dir."
         )
     reshaped = [
@@ -99,7 +99,7 @@ def dcp_to_hf(
         read_tensors(tensors, path)
         return {name: tensors[keys[name]] for name in names}
 
-    return write_hf_folder(bare, keys, gather, Path(save_dir), model_assets_dir)
+    return write_hf_folder(bare, keys, gather, Path(save_dir).resolve(), model_assets_dir)
 
 
 def model_skeleton(hf_dir: Path, trust_remote_code: bool = False) -> PreTrainedModel:

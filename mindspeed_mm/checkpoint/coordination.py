@@ -26,32 +26,34 @@ def condense(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         failed, (error, _) = min(error.failures.items(), key=lambda item: item[0])
         return f"rank {failed}: {condense(error)}"
-    text = str(error)
-    if isinstance(error, UserError):
-        return text
-    first_line = next((line for line in text.splitlines() if line.strip()), "")
+    first_line = next((line for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
 
 
 def run_together(what: str, action: Callable[[], Any], group: dist.ProcessGroup | None = None) -> Any:
     """Run ``action`` on this rank and wait until all ranks have; return this rank's result.
 
+    When it fails anywhere, all ranks raise the same message, so that none is left waiting in the next collective.
+
     Raises:
-        UserError: the action failed on some rank. All ranks raise the same message, so none is left waiting in
-            the next collective and the job prints one error.
+        UserError: some rank raised one, or could not read or write.
+        RuntimeError: some rank failed in another way; on that rank the cause has the traceback.
     """
-    result, error = None, None
+    result, error, report = None, None, None
     try:
         result = action()
     # CheckpointException is a BaseException. Whatever it was, the other ranks have to hear of it.
     except (Exception, CheckpointException) as e:  # noqa: BLE001
         error = e
-    reports: list[str | None] = [condense(error) if error else None]
+        kind = UserError if isinstance(e, UserError | OSError | CheckpointException) else RuntimeError
+        text = str(e) if isinstance(e, UserError) else f"{what} failed on rank {rank()}: {condense(e)}"
+        report = (kind, text)
+    reports = [report]
     if dist.is_initialized():
         reports = [None] * dist.get_world_size(group)
-        dist.all_gather_object(reports, condense(error) if error else None, group=group)
-    for index, report in enumerate(reports):
+        dist.all_gather_object(reports, report, group=group)
+    for report in reports:
         if report is not None:
-            where = "" if len(reports) == 1 or report.startswith("rank ") else f" on rank {index}"
-            raise UserError(f"{what} failed{where}: {report}") from error
+            kind, text = report
+            raise kind(text) from error
     return result

@@ -59,7 +59,7 @@ def export_hf(
 
     bare = skeleton(type(hf_model), hf_model.config)
     bare.generation_config = hf_model.generation_config
-    return write_hf_folder(bare, tensors, gather, Path(folder), assets_from, max_shard_bytes)
+    return write_hf_folder(bare, tensors, gather, Path(folder).resolve(), assets_from, max_shard_bytes)
 
 
 def write_hf_folder(

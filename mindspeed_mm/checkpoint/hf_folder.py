@@ -102,8 +102,8 @@ class ShardWriter:
         self._flush()
         count = len(self._shards)
         names = [WEIGHTS] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-        for index, name in enumerate(names):
-            self._temporary(index).rename(self._folder / name)
+        for i, name in enumerate(names):
+            self._temporary(i).rename(self._folder / name)
         if count > 1:
             weight_map = {key: name for name, keys in zip(names, self._shards, strict=True) for key in keys}
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}

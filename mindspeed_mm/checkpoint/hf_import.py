@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from mindspeed_mm.checkpoint.coordination import run_together
 from mindspeed_mm.checkpoint.hf_folder import FileTensor, open_weights
 from mindspeed_mm.checkpoint.hf_layout import ImportPlan, ImportStep, plan_import, skeleton
 from mindspeed_mm.checkpoint.tensors import listing, local_block, local_part, named_tensors
@@ -18,7 +19,7 @@ def load_hf_weights(hf_model: PreTrainedModel, folder: str | Path, strict: bool 
 
     Every rank reads for itself and one weight at a time: only its own block where a weight is stored as the module
     has it, the whole where Transformers converts the layout (fused experts). The weights keep the model's dtype.
-    No collective is used, and the outcome is the same on all ranks.
+    Every rank calls this.
 
     Args:
         hf_model: plain or sharded, with storage (not on meta).
@@ -29,9 +30,14 @@ def load_hf_weights(hf_model: PreTrainedModel, folder: str | Path, strict: bool 
         Lines about what did not match, empty when ``strict``.
 
     Raises:
-        UserError: there are no weights, a file is damaged, or the weights do not fit; nothing was changed then.
+        UserError: there are no weights, a file is damaged, or the weights do not fit (nothing was changed then);
+            raised on all ranks.
     """
     folder = Path(folder)
+    return run_together(f"reading the weights in {folder}", lambda: _load(hf_model, folder, strict))
+
+
+def _load(hf_model: PreTrainedModel, folder: Path, strict: bool) -> list[str]:
     _tie(hf_model)
     targets = named_tensors(hf_model)
     by_name = {name: tensor for names, tensor in targets.items() for name in names}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -147,17 +148,9 @@ def _convert(step: ImportStep, model: PreTrainedModel, read: Mapping[str, Any]) 
 
 def _ignorable(model: PreTrainedModel, key: str) -> bool:
     """Return whether a stored tensor is one that Transformers knows the model has no use for."""
-    report = _Report({key})
+    report: Any = SimpleNamespace(missing_keys=set(), unexpected_keys={key})
     model._adjust_missing_and_unexpected_keys(report)
     return not report.unexpected_keys
-
-
-class _Report:
-    """The part of Transformers' loading report that its filter of unexpected names reads and writes."""
-
-    def __init__(self, unexpected: set[str]) -> None:
-        self.missing_keys: set[str] = set()
-        self.unexpected_keys = unexpected
 
 
 class DiskLayout:
@@ -169,10 +162,14 @@ class DiskLayout:
 
     def __init__(self, model: PreTrainedModel) -> None:
         # As Transformers does: a rule that strips a prefix cannot tell whether there was one.
-        rules = [r for r in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(r, PrefixChange)]
-        self._model = model
-        model._weight_conversions = rules  # spares `revert_weight_conversion` looking them up for every weight
-        self._converters = [rule.reverse_transform() for rule in reversed(rules) if isinstance(rule, WeightConverter)]
+        rules: list[Any] = [
+            r for r in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(r, PrefixChange)
+        ]
+        self._model: Any = model
+        # Spares `revert_weight_conversion` looking them up for every weight.
+        self._model._weight_conversions = rules
+        converters = [rule for rule in reversed(rules) if isinstance(rule, WeightConverter)]
+        self._converters: list[Any] = [rule.reverse_transform() for rule in converters]
 
     def groups(self, names: Iterable[str]) -> list[list[str]]:
         """Return the module names in groups that have to be converted together, most of them one name."""

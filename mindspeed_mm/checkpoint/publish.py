@@ -42,7 +42,7 @@ def publish(save_dir: Path, name: str, write: Callable[[Path], None], group: dis
         run_together(f"preparing {staging}", lambda: _prepare(save_dir, staging) if first else None, group)
         run_together(f"saving {final}", lambda: write(staging), group)
         run_together(f"publishing {final}", lambda: _commit(staging, final) if first else None, group)
-    except UserError:
+    except (UserError, RuntimeError):
         if first:
             shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -113,15 +113,19 @@ def _hint(load_dir: Path) -> str:
 
 def _prepare(save_dir: Path, staging: Path) -> None:
     save_dir.mkdir(parents=True, exist_ok=True)
-    for leftover in save_dir.glob(f"*{_STAGING}"):
+    for leftover in _ours(save_dir, _STAGING):
         shutil.rmtree(leftover)
-    for old in save_dir.glob(f"*{_REPLACED}"):
+    for old in _ours(save_dir, _REPLACED):
         final = old.with_suffix("")
         if is_checkpoint(final):
             shutil.rmtree(old)
         else:
             old.rename(final)
     staging.mkdir()
+
+
+def _ours(save_dir: Path, suffix: str) -> list[Path]:
+    return [*save_dir.glob(f"iter_*{suffix}"), *save_dir.glob(RELEASE + suffix)]
 
 
 def _commit(staging: Path, final: Path) -> None:

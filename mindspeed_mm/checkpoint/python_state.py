@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from mindspeed_mm.checkpoint.coordination import condense
+from mindspeed_mm.errors import UserError
+
 _ARRAY = "__ndarray__"
 
 
@@ -25,8 +28,15 @@ def write_python_state(path: Path, state: Any) -> None:
 
 
 def read_python_state(path: Path) -> Any:
-    """Read what `write_python_state` wrote; numpy arrays come back as numpy arrays."""
-    return _decode(torch.load(path, map_location="cpu", weights_only=True))
+    """Read what `write_python_state` wrote; numpy arrays come back as numpy arrays.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        return _decode(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:
+        raise UserError(f"cannot read {path}: {condense(error)}; pass --ckpt-step for another checkpoint") from error
 
 
 def _encode(value: Any, where: str) -> Any:

@@ -126,20 +126,24 @@ def load(
         UserError: there is no such checkpoint, it cannot be read, or it does not fit. Nothing was changed when the
             checkpoint does not fit.
     """
-    path = find(load_dir, step)
-    metadata = read_metadata(path)
-    tensors, problems = _match(model, metadata)
-    if problems and strict:
-        raise UserError("\n".join([f"{path} does not fit the model.", *problems, _STRICT_HINT]))
 
-    state: dict[str, Any] = {"iteration": 0, "extra": {}, "world_size": None, "optimizer_groups": None}
-    if not finetune and path.name != RELEASE:
+    def prepare() -> tuple[Path, dict[str, Any], dict[str, torch.Tensor], list[str]]:
+        path = find(load_dir, step)
+        metadata = read_metadata(path)
+        tensors, problems = _match(model, metadata)
+        if problems and strict:
+            raise UserError("\n".join([f"{path} does not fit the model.", *problems, _STRICT_HINT]))
+        if finetune or path.name == RELEASE:
+            return path, _WEIGHTS_ONLY, tensors, problems
         state = _read_state(path)
         if optimizer is not None:
             if state["optimizer_groups"] is None:
                 raise UserError(f"{path} was saved without optimizer state; pass --no-load-optim or --finetune")
             check_groups(model, optimizer, state["optimizer_groups"])
             tensors |= allocate_state(model, optimizer, metadata)
+        return path, state, tensors, problems
+
+    path, state, tensors, problems = run_together(f"loading {load_dir}", prepare, group)
     run_together(f"reading {path}", lambda: read_tensors(tensors, path, group=group), group)
     if optimizer is not None and state["optimizer_groups"] is not None:
         restore_groups(model, optimizer, state["optimizer_groups"])
@@ -148,9 +152,10 @@ def load(
     if state["world_size"] == world_size():
         file = path / _rank_file(rank())
         rank_state = run_together(f"reading {path}", lambda: read_python_state(file), group)
-    return LoadedCheckpoint(state["iteration"], state["extra"], rank_state, path, problems)
+    return LoadedCheckpoint(state["iteration"], dict(state["extra"]), rank_state, path, problems)
 
 
+_WEIGHTS_ONLY: dict[str, Any] = {"iteration": 0, "extra": {}, "world_size": None, "optimizer_groups": None}
 _STRICT_HINT = "Load it with the model it was saved from, or pass --load-strict false to take what fits."
 
 
@@ -161,7 +166,8 @@ def _match(model: nn.Module, metadata: Metadata) -> tuple[dict[str, torch.Tensor
         for key, entry in metadata.state_dict_metadata.items()
         if key.startswith(MODEL) and isinstance(entry, TensorStorageMetadata) and not key.endswith("_extra_state")
     }
-    tensors, missing, reshaped, known = {}, [], [], set()
+    tensors, missing, reshaped = {}, [], []
+    known: set[str] = set()
     for names, tensor in named_tensors(model).items():
         known.update(names)
         name = next((name for name in names if name in saved), None)
@@ -184,10 +190,7 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} has no {_STATE}, so another program wrote it; pass --finetune to start from its weights"
         )
-    try:
-        return read_python_state(path / _STATE)
-    except Exception as error:
-        raise UserError(f"cannot read {path / _STATE}: {condense(error)}") from error
+    return read_python_state(path / _STATE)
 
 
 def _rank_file(index: int) -> str:
@@ -203,7 +206,9 @@ def read_metadata(path: Path) -> Metadata:
     try:
         return dcp.FileSystemReader(path).read_metadata()
     except Exception as error:
-        raise UserError(f"cannot read {path / '.metadata'}: {condense(error)}; pass --ckpt-step for another") from error
+        raise UserError(
+            f"cannot read {path / '.metadata'}: {condense(error)}; pass --ckpt-step for another checkpoint"
+        ) from error
 
 
 def write_tensors(

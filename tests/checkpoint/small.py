@@ -152,6 +152,6 @@ def failing_save(folder: Path, failing_rank: int) -> str:
     bad = {"handle": object()} if dist.get_rank() == failing_rank else {}
     try:
         store.save(folder, 2, model=model, optimizer=optim, extra={}, rank_state=bad)
-    except store.UserError as error:
+    except RuntimeError as error:
         return str(error)
     return ""

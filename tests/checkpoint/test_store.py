@@ -47,12 +47,12 @@ def test_another_world_size_takes_weights_and_optimizer(tmp_path: Path, ranks2: 
 
 
 def test_layout_and_tracker(tmp_path: Path, ranks2: RankPool) -> None:
-    ranks2.run(small.save_after, tmp_path, 100)
-    assert (tmp_path / TRACKER).read_text() == "100"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000100", TRACKER]
-    names = sorted(p.name for p in (tmp_path / "iter_0000100").iterdir())
+    ranks2.run(small.save_after, tmp_path, 2)
+    assert (tmp_path / TRACKER).read_text() == "2"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000002", TRACKER]
+    names = sorted(p.name for p in (tmp_path / "iter_0000002").iterdir())
     assert names == [".metadata", "__0_0.distcp", "__1_0.distcp", "rank_0.pt", "rank_1.pt", "state.pt"]
-    keys = store.read_metadata(tmp_path / "iter_0000100").state_dict_metadata
+    keys = store.read_metadata(tmp_path / "iter_0000002").state_dict_metadata
     assert "model.embed.weight" in keys and "model.head.weight" not in keys, "a tied weight is saved once"
     assert "optimizer.state.body.0.weight.exp_avg" in keys
 
