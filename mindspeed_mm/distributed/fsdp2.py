@@ -25,6 +25,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
 
 from mindspeed_mm import accelerator
 from mindspeed_mm.configs.fsdp2 import Fsdp2Config, load_fsdp2_config
@@ -114,7 +115,7 @@ class Sharding:
         self.module = module
         # A model may pass the work on to a part of itself, which reads the yaml again.
         self.config = _with_dtype(config, self._stack[-1].config.param_dtype if self._stack else None)
-        self.group = process_group if process_group is not None else dist.group.WORLD
+        self.group = process_group if process_group is not None else dist.distributed_c10d._get_default_group()
         # What is noted there belongs to the same plan.
         self.notes: list[str] = self._stack[-1].notes if self._stack else []
         self._leader: dict[nn.Module, nn.Module] = {}
@@ -145,8 +146,8 @@ class Sharding:
 
     def expose(self) -> None:
         """Set ``fsdp2_config`` and ``fsdp2_kwargs`` on the module, where overrides read them."""
-        self.module.fsdp2_config = self.config
-        self.module.fsdp2_kwargs = self.kwargs
+        model: Any = self.module
+        model.fsdp2_config, model.fsdp2_kwargs = self.config, self.kwargs
 
     def apply(self) -> None:
         """The default flow."""
@@ -178,6 +179,9 @@ class Sharding:
                 raise UserError(
                     f"fsdp2 config: '{both[0]}' is in sub_modules_to_wrap and inside ignored_modules; take one out."
                 )
+        if (dtype := self.kwargs["mp_policy"].param_dtype) is not None and self.config.cast_forward_inputs:
+            for module in self.ignored_modules.values():
+                _compute_in_own_dtype(module, dtype)
         # Only the model's own output is cast: layers in between keep handing on the compute dtype.
         inner = {**self.kwargs, "mp_policy": replace(self.kwargs["mp_policy"], output_dtype=None)}
         for group in wrap_order(self.module, units, self.kwargs.get("ignored_params", set())):
@@ -242,7 +246,8 @@ class Sharding:
     @cached_property
     def _shard_size(self) -> int:
         world, size = dist.get_world_size(self.group), self.config.sharding_size
-        size = {None: 1, "auto": world}.get(size, size)
+        if not isinstance(size, int):
+            size = world if size == "auto" else 1
         if size < 1 or world % size:
             raise UserError(
                 f"fsdp2 config, sharding_size: {size} does not divide the {world} data-parallel ranks; "
@@ -313,13 +318,26 @@ class Sharding:
 
     def _each_with_next(self, order: Iterable[nn.Module], n: int) -> Iterator[tuple[FSDPModule, list[FSDPModule]]]:
         # Modules wrapped together are one unit; the first of them speaks for all.
-        units: dict[FSDPModule, None] = {}
+        units: dict[Any, None] = {}
         for module in order:
             if isinstance(module, FSDPModule) and module is not self.module:
                 units.setdefault(self._leader.get(module, module))
         leaders = list(units)
         for i, unit in enumerate(leaders):
             yield unit, leaders[i + 1 : i + 1 + n]
+
+
+def _compute_in_own_dtype(module: nn.Module, dtype: torch.dtype) -> None:
+    """Let an ignored module, whose parameters nobody casts, work between neighbours that compute in ``dtype``."""
+    own = next((param.dtype for param in module.parameters() if param.is_floating_point()), None)
+    if own is None or own == dtype:
+        return
+
+    def cast(values: Any, to: torch.dtype) -> Any:
+        return tree_map(lambda x: x.to(to) if isinstance(x, torch.Tensor) and x.is_floating_point() else x, values)
+
+    module.register_forward_pre_hook(lambda _, args, kwargs: cast((args, kwargs), own), with_kwargs=True)
+    module.register_forward_hook(lambda _, args, output: cast(output, dtype))
 
 
 def _with_dtype(config: Fsdp2Config, param_dtype: str | None) -> Fsdp2Config:
