@@ -177,7 +177,8 @@ def _build_schedule(args: Namespace, optimizer: torch.optim.Optimizer) -> Any:
         decay_style=args.lr_decay_style,
         weight_decay=(args.start_weight_decay, args.end_weight_decay),
         weight_decay_style=args.weight_decay_incr_style,
-        weight_decay_samples=args.train_iters * batch,
+        # A constant has no length, and then a longer --train-iters on resume changes nothing about it.
+        weight_decay_samples=0 if args.weight_decay_incr_style == "constant" else args.train_iters * batch,
         wsd_decay_samples=None if wsd is None else wsd * batch,
         wsd_decay_style=args.lr_wsd_decay_style,
         use_checkpoint=args.use_checkpoint_opt_param_scheduler,
