@@ -23,14 +23,14 @@ class Fsdp2Config(BaseModel):
     output_dtype: DType | None = None
     cast_forward_inputs: bool = True
     offload_to_cpu: bool = False
-    pin_memory: bool = True
+    pin_memory: bool = False
     num_to_forward_prefetch: int = 0
-    num_to_backward_prefetch: int = 0
+    num_to_backward_prefetch: int = 1
     ignored_modules: list[str] | None = None
     recompute_modules: list[str] | None = None
     use_reentrant: bool = True
     align_fsdp_param_groups: bool = False
-    expert_parallel_size: int = 1
+    expert_parallel_size: Literal[1] = 1
     reshard_local_experts: bool | int = True
     moe_modules: list[str] | None = None
 
