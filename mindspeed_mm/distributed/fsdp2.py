@@ -37,7 +37,6 @@ from mindspeed_mm.errors import UserError
 
 _DTYPES = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _DEFAULTS_OF_MISSING_FEATURES = {
-    "expert_parallel_size": 1,
     "moe_modules": None,
     "reshard_local_experts": True,
     "align_fsdp_param_groups": False,
@@ -195,13 +194,14 @@ class Sharding:
     def prefetch(self, forward: int, backward: int) -> None:
         """Let each wrapped module gather the parameters of the next ``forward`` ones, ``backward`` ones in backward.
 
-        The order is that of registration, which is the order of execution in all usual models. Zero keeps FSDP2's
-        own prefetching: none in forward, the next module in backward.
+        The order is that of registration, which is the order of execution in all usual models. FSDP2 by itself
+        gathers none ahead in forward and one in backward, in the order that the forward really took, so 0 and 1
+        leave the backward to it.
         """
         if forward:
             for unit, following in self._each_with_next(self.module.modules(), forward):
                 unit.set_modules_to_forward_prefetch(following)
-        if backward:
+        if backward > 1:
             for unit, following in self._each_with_next(reversed(list(post_order(self.module))), backward):
                 unit.set_modules_to_backward_prefetch(following)
 
