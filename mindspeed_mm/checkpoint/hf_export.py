@@ -31,7 +31,7 @@ def export_hf(
 ) -> Path:
     """Write a plain or sharded model as a Hugging Face folder; every rank calls this.
 
-    Weights are gathered one at a time; rank 0 holds at most one file's worth.
+    Weights are gathered one at a time; rank 0 holds about two files' worth while it writes one.
 
     Args:
         hf_model: the model, with storage.

@@ -80,7 +80,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 class ShardWriter:
-    """Writes tensors into safetensors files of at most a given size, holding one file's worth in memory."""
+    """Writes tensors into safetensors files of at most a given size, collecting one file's worth at a time."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self._folder = folder
