@@ -69,7 +69,7 @@ def read_conversations(
         UserError: naming file, row, the value found and the fix.
     """
     import datasets
-    import pyarrow as pa
+    import pyarrow as pa  # type: ignore[import-untyped]
 
     message = pa.struct([("role", pa.string()), ("content", pa.string())])
     columns = [("messages", pa.list_(message)), ("images", pa.list_(pa.string())), ("file", "int32"), ("row", "int32")]

@@ -10,7 +10,7 @@ from mindspeed_mm.errors import UserError
 _BASIC, _PREPROCESS, _ATTR = "basic_parameters", "preprocess_parameters", "attr"
 
 # (section, keys, why they have no effect)
-_WITHOUT_EFFECT = [
+_WITHOUT_EFFECT: list[tuple[str, tuple[str, ...], str]] = [
     (_BASIC, ("template", "tool_format"), "prompts are rendered by the chat template of the model's own folder"),
     (
         _BASIC,
@@ -38,7 +38,7 @@ _WITHOUT_EFFECT = [
         "rows with videos or audio are refused",
     ),
 ]
-_NOT_AVAILABLE = [
+_NOT_AVAILABLE: list[tuple[str, tuple[str, ...]]] = [
     (_BASIC, ("streaming", "packing", "neat_packing")),
     (_PREPROCESS, ("split_special_tokens", "image_do_pan_and_scan", "use_audio_in_video")),
     (_ATTR, ("ranking", "chosen", "rejected")),

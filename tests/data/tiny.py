@@ -104,6 +104,7 @@ def _tokenizer(spec: dict[str, Any], vocab_size: int, internvl: bool) -> Any:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(_CORPUS * 2, trainer)
+    bpe.add_special_tokens(spec["special"])
     named = {
         "start_image_token": "<img>",
         "end_image_token": "</img>",
@@ -114,7 +115,6 @@ def _tokenizer(spec: dict[str, Any], vocab_size: int, internvl: bool) -> Any:
         tokenizer_object=bpe,
         eos_token=spec["eos"],
         pad_token="<|endoftext|>",
-        additional_special_tokens=spec["special"],
         **({"extra_special_tokens": named} if internvl else {}),
     )
 
