@@ -80,7 +80,8 @@ def tensors(save: Path, iteration: int) -> dict[str, torch.Tensor]:
         for name, entry in stored.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    with warnings.catch_warnings(action="ignore"):  # that there is no process group, which is the intention
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no process group, which is the intention
         dcp.load(state, checkpoint_id=folder, no_dist=True)
     return state
 
