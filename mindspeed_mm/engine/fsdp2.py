@@ -104,6 +104,11 @@ class FSDP2Engine:
 
     def _to_optimise(self, result: LossResult, num_microbatches: int) -> Tensor:
         """Scale a micro-batch's loss so that the reduced gradient is that of the class's formula."""
+        if not result.loss.requires_grad:
+            raise UserError(
+                "loss_func returned a loss without a gradient: it depends on no trainable parameter. "
+                "Return the model's output as it is, not detached, and not computed under torch.no_grad()."
+            )
         over_ranks = self.world_size if self.sums_gradients else 1
         if result.num_tokens is None:
             if self.per_token_loss:

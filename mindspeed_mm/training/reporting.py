@@ -186,6 +186,10 @@ class TrainingLog:
         for sink in (self._metrics, self._tensorboard):
             if sink:
                 sink.close()
+        self.stop_progress()
+
+    def stop_progress(self) -> None:
+        """Give the terminal back."""
         if self._progress:
             self._progress.stop()
 

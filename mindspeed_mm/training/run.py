@@ -81,6 +81,7 @@ def run(
     finally:
         profiler.stop()
         memory_profiler.stop()
+        trainer.log.stop_progress()
     if args.export_hf and not stopped:
         checkpointer.export_hf(args.export_hf)
     trainer.log.close()
