@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -97,7 +96,10 @@ CASES: dict[str, tuple[Callable[[Job], Any], str]] = {
         _set("yaml", shard_size=2),
         r"fsdp2_config\.yaml: shard_size: unknown key.* Did you mean 'sharding_size'\?",
     ),
-    "no config file": (_set("flags", **{"mm-model": "modle.json"}), r"--mm-model.*modle\.json|modle\.json.*(no such|not)"),
+    "no config file": (
+        _set("flags", **{"mm-model": "modle.json"}),
+        r"--mm-model.*modle\.json|modle\.json.*(no such|not)",
+    ),
     "an HF folder without weights": (_without_weights, r"/hf'? has no weights|no weights .*/hf"),
     "an HF folder without weights, built on meta": (
         lambda job: (_without_weights(job), job.flags.update({"init-model-with-meta-device": True})),
@@ -132,7 +134,10 @@ CASES: dict[str, tuple[Callable[[Job], Any], str]] = {
         _loss("output['loss'].repeat(3)"),
         r"loss_func returned a tensor of shape \(3,\) as the loss: it must be one number",
     ),
-    "a loss without a gradient": (_loss("output['loss'].detach()"), r"loss_func returned a loss without a gradient: .*not detached"),
+    "a loss without a gradient": (
+        _loss("output['loss'].detach()"),
+        r"loss_func returned a loss without a gradient: .*not detached",
+    ),
     "a report that is no dict": (_loss("(output['loss'], 1)"), r"loss_func returned a int as the report"),
     "a forward_step without loss_func": (
         lambda job: _use_callback(job, "def forward_step(it, model):\n    return model(**next(it))"),
@@ -188,9 +193,7 @@ ON_ALL_RANKS = ("an unknown flag", "--load of a folder without a checkpoint")
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in ON_ALL_RANKS else pytest.mark.slow) for n in CASES]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in ON_ALL_RANKS else pytest.mark.slow) for n in CASES])
 def test_two_ranks_end_together(name: str, job: Job) -> None:
     expected = bring_about(job, name)
     saved = fingerprint(job.folder / "ckpt")
