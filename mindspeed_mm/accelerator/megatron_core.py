@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mindspeed_mm.accelerator.device import is_cpu
+from mindspeed_mm.accelerator.hardware import is_cpu
 
 
 def load_megatron_core() -> None:
