@@ -7,7 +7,6 @@ import time
 from datetime import timedelta
 
 import pytest
-import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
