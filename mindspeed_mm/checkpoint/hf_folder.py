@@ -68,7 +68,9 @@ def _weight_files(folder: Path) -> list[Path]:
     if not (folder / INDEX).is_file():
         other = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth"))
         found = f"; it has {', '.join(other[:5])}, which is not read" if other else ""
-        raise UserError(f"{folder} has no weights: neither {WEIGHTS} nor {INDEX} is there{found}")
+        raise UserError(
+            f"{folder} has no weights: neither {WEIGHTS} nor {INDEX} is there{found}; download them into it"
+        )
     try:
         names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
     except (ValueError, KeyError, AttributeError) as error:

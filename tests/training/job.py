@@ -20,28 +20,37 @@ from tests.data.tiny import save_digits, save_tiny_processor, write_jsonl
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "pretrain_transformers.py"
+SCRIPTS = Path(__file__).parent / "scripts"
 _LAUNCHER_LINE = re.compile(r"^[EWI]\d{4} \S+ \d+ (site-packages/)?torch/distributed/", re.MULTILINE)
 _ERROR_LINE = re.compile(r"^error( \(rank \d+\))?:", re.MULTILINE)
 
 
-def save_tiny_qwen3_vl(folder: Path) -> Path:
+_TOKENS = {
+    "qwen3_vl": {
+        "image_token_id": "<|image_pad|>",
+        "video_token_id": "<|video_pad|>",
+        "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
+    },
+    "internvl": {"image_token_id": "<IMG_CONTEXT>"},
+}
+
+
+def save_tiny_hf_folder(family: str, folder: Path) -> Path:
     """Write a whole HF folder: processor, config with the processor's token ids, weights."""
     import torch
     import transformers
 
     from tests.models.tiny import tiny_config
 
-    tokenizer = save_tiny_processor("qwen3_vl", folder).tokenizer
-    config = tiny_config("qwen3_vl")
-    for name, token in {
-        "image_token_id": "<|image_pad|>",
-        "video_token_id": "<|video_pad|>",
-        "vision_start_token_id": "<|vision_start|>",
-        "vision_end_token_id": "<|vision_end|>",
-    }.items():
+    tokenizer = save_tiny_processor(family, folder).tokenizer
+    config = tiny_config(family)
+    for name, token in _TOKENS[family].items():
         setattr(config, name, tokenizer.convert_tokens_to_ids(token))
     config.text_config.vocab_size = len(tokenizer)
-    transformers.Qwen3VLForConditionalGeneration._from_config(config, dtype=torch.float32).save_pretrained(folder)
+    torch.manual_seed(0)
+    model_class = getattr(transformers, config.architectures[0])
+    model_class._from_config(config, dtype=torch.float32).save_pretrained(folder)
     return folder
 
 
@@ -51,7 +60,7 @@ class Job:
     Attributes:
         folder: everything lies here; it is the working directory too.
         rows: of ``train.jsonl``; text is written as it is, None writes no file.
-        data, model, yaml: the config files' contents.
+        data, model, yaml: the config files' contents; a yaml that is text is written as it is.
         flags: the command line, without the leading dashes; True is a bare flag, None leaves it out.
         script: the entry script.
     """
@@ -81,7 +90,7 @@ class Job:
             },
         }
         self.model: dict[str, Any] = {"model_id": "qwen3_vl", "init_from_hf_path": str(hf_folder)}
-        self.yaml: dict[str, Any] = {
+        self.yaml: dict[str, Any] | str = {
             "sharding_size": "auto",
             "sub_modules_to_wrap": ["model.visual.blocks.{*}", "model.language_model.layers.{*}"],
         }
@@ -114,7 +123,8 @@ class Job:
         elif self.rows is not None:
             write_jsonl(self.folder / "train.jsonl", self.rows)
         for name, content in (("data.json", self.data), ("model.json", self.model), ("fsdp2_config.yaml", self.yaml)):
-            (self.folder / name).write_text(json.dumps(content), encoding="utf-8")  # YAML reads JSON
+            text = content if isinstance(content, str) else json.dumps(content)  # YAML reads JSON
+            (self.folder / name).write_text(text, encoding="utf-8")
         words = [str(self.script)]
         for flag, value in self.flags.items():
             if value is not None:
@@ -168,9 +178,15 @@ def launch(job: Job, *, nproc: int = 2, timeout: float = 150.0, env: dict[str, s
 
 
 def run_here(command: list[str], folder: Path) -> Outcome:
-    """Run a script in this process, for pool ranks: a process group that exists is used."""
+    """Run a script in this process, for pool ranks: a process group that exists is used.
+
+    What the script registers and imports from beside it is forgotten afterwards.
+    """
+    from mindspeed_mm.models.common.modelzoo import ModelHub
+
     output, code = io.StringIO(), 0
     before = sys.argv, os.getcwd(), sys.path[:]
+    mappings, modules = dict(ModelHub.MODEL_MAPPINGS), set(sys.modules)
     try:
         sys.argv = command
         sys.path.insert(0, os.path.dirname(command[0]))
@@ -182,6 +198,11 @@ def run_here(command: list[str], folder: Path) -> Outcome:
     finally:
         sys.argv, sys.path[:] = before[0], before[2]
         os.chdir(before[1])
+        ModelHub.MODEL_MAPPINGS.clear()
+        ModelHub.MODEL_MAPPINGS.update(mappings)
+        for name in set(sys.modules) - modules:
+            if str(SCRIPTS) in str(getattr(sys.modules[name], "__file__", "")):
+                del sys.modules[name]
     return Outcome(code, output.getvalue(), time.time())
 
 
