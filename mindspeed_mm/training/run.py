@@ -120,6 +120,11 @@ def _build_model(args: Namespace, provider: Callable[..., Any]) -> tuple[nn.Modu
     plan = prepare_model(model, state.data_parallel_group(), args.fsdp2_config_path, param_dtype=param_dtype)
     for line in plan.lines():
         state.print_rank_0(line)
+    if args.export_hf and not hasattr(getattr(model, "model", model), "save_pretrained"):
+        raise UserError(
+            f"--export-hf {args.export_hf}: {type(model).__name__} is no Hugging Face model; remove the flag. "
+            "Its weights are in the checkpoints of --save."
+        )
     total = sum(p.numel() for p in model.parameters())
     state.print_rank_0(f" > number of parameters: {total:,}")
     if args.init_model_with_meta_device:
