@@ -63,8 +63,10 @@ def read_quotients(pairs: Tensor) -> list[Any]:
 
 
 def _scalar(value: Any) -> Tensor:
-    tensor = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value), device=accelerator.device())
-    return tensor.reshape(()).to(torch.float64 if accelerator.has_float64() else torch.float32)
+    dtype = torch.float64 if accelerator.has_float64() else torch.float32
+    if isinstance(value, Tensor):
+        return value.detach().reshape(()).to(dtype)
+    return torch.full((), float(value), dtype=dtype, device=accelerator.device())  # filled there: nothing is copied
 
 
 def format_log_line(
