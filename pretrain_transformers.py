@@ -6,7 +6,6 @@ from copy import deepcopy
 from typing import Any
 
 from mindspeed_mm.configs.config import mm_extra_args_provider
-
 from mindspeed_mm.training import get_args, pretrain, print_rank_0
 
 
@@ -66,9 +65,8 @@ def forward_step(data_iterator: Any, model: Any) -> tuple[Any, Any]:
 
 def train_valid_test_datasets_provider(train_val_test_num_samples: list[int]) -> tuple[Any, Any, Any]:
     """Build the loaders of data.json; ``val_rate`` splits the training data when there is no validation set."""
-    from mindspeed_mm.data.data_utils.utils import build_iterations
-
     from mindspeed_mm.data import build_mm_dataloader, build_mm_dataset
+    from mindspeed_mm.data.data_utils.utils import build_iterations
     from mindspeed_mm.distributed.state import data_parallel_group
 
     args = get_args()

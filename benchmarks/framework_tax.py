@@ -123,7 +123,7 @@ def hf_trainer(preset: dict[str, Any], device: Any, batches: Iterator[dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
-            max_steps=steps,
+            max_steps=steps + 2,
             per_device_train_batch_size=preset["batch"][0],
             learning_rate=OPTIMIZER["lr"],
             weight_decay=OPTIMIZER["weight_decay"],
@@ -159,7 +159,7 @@ def ours(preset: dict[str, Any], batches: Iterator[dict[str, Any]], steps: int) 
         yaml.write_text(json.dumps(config))
         flags = {
             "--micro-batch-size": preset["batch"][0],
-            "--train-iters": steps,
+            "--train-iters": steps + 1,  # the last timed step ends when the next one asks for its batch
             "--lr": OPTIMIZER["lr"],
             "--lr-decay-style": "constant",
             "--weight-decay": OPTIMIZER["weight_decay"],

@@ -18,6 +18,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from transformers import AutoModelForImageTextToText
+from transformers.utils.logging import disable_progress_bar
 
 from mindspeed_mm.data.processors import load_processor
 
@@ -62,13 +63,15 @@ def draw_loss(metrics: Path, picture: Path) -> None:
 
 
 def draw_predictions(rows: list[dict[str, Any]], answers: list[str], data: Path, picture: Path) -> None:
-    """Draw held-out pictures with their answers: the wrong ones first and in red, then right ones."""
-    wrong = [answer != row["messages"][1]["content"] for row, answer in zip(rows, answers, strict=True)]
+    """Draw held-out pictures with their answers: first, in red, the wrong ones with the truth, then right ones."""
+    truths = [row["messages"][1]["content"] for row in rows]
+    wrong = [answer != truth for truth, answer in zip(truths, answers, strict=True)]
     order = sorted(range(len(rows)), key=lambda index: not wrong[index])
     figure = Figure(figsize=(GRID[1] * 1.1, GRID[0] * 1.35), layout="constrained")
     for axes, index in zip(figure.subplots(*GRID).flat, order, strict=False):
         axes.imshow(Image.open(data / rows[index]["images"][0]))
-        axes.set_title(answers[index], fontsize=10, color="crimson" if wrong[index] else "black")
+        title = f"{answers[index]}\n(is {truths[index]})" if wrong[index] else answers[index]
+        axes.set_title(title, fontsize=9, color="crimson" if wrong[index] else "black")
         axes.set_axis_off()
     figure.suptitle(f"{len(rows)} held-out digits, {sum(wrong)} wrong (in red)")
     figure.savefig(picture, dpi=120)
@@ -83,6 +86,7 @@ def main() -> None:
     data, export = args.out / "data", args.out / "export"
 
     rows = read_jsonl(data / "heldout.jsonl")
+    disable_progress_bar()
     model = AutoModelForImageTextToText.from_pretrained(export).eval()
     answers = answer(model, load_processor(export), rows, data)
     right = sum(answer == row["messages"][1]["content"] for row, answer in zip(rows, answers, strict=True))

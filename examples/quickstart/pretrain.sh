@@ -29,7 +29,7 @@ GPT_ARGS="
     --micro-batch-size $((GBS / NPROC_PER_NODE)) \
     --global-batch-size $GBS \
     --seq-length 64 \
-    --train-iters 660 \
+    --train-iters 360 \
     --optimizer-selection fused_torch_adamw \
     --lr 1.0e-3 \
     --min-lr 0.0 \
@@ -52,7 +52,7 @@ MM_ARGS="
 OUTPUT_ARGS="
     ${LOAD_PATH:+--load $LOAD_PATH} \
     --save $SAVE_PATH \
-    --save-interval 120 \
+    --save-interval 60 \
     --ckpt-format torch_dcp \
     --log-interval 20
 "

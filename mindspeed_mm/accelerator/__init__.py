@@ -5,7 +5,7 @@ profile, and how megatron-core is imported on it.
 """
 
 from mindspeed_mm.accelerator.backend import default_backend, resolve_backend
-from mindspeed_mm.accelerator.device import (
+from mindspeed_mm.accelerator.hardware import (
     device,
     device_count,
     device_type,

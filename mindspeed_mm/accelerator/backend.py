@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from mindspeed_mm.accelerator.device import device_type
+from mindspeed_mm.accelerator.hardware import device_type
 
 _OWN_BACKEND = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 

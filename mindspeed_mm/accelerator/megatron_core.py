@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mindspeed_mm.accelerator.device import is_cpu
+from mindspeed_mm.accelerator.hardware import is_cpu
 
 
 def load_megatron_core() -> None:
@@ -37,7 +37,7 @@ def _without_compile() -> Iterator[None]:
     def identity(model: Callable[..., Any] | None = None, **_: Any) -> Any:
         return (lambda function: function) if model is None else model
 
-    original, torch.compile = torch.compile, identity  # type: ignore[assignment]
+    original, torch.compile = torch.compile, identity
     try:
         yield
     finally:

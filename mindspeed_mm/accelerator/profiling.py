@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.profiler import ProfilerActivity
 
-from mindspeed_mm.accelerator.device import _module, device_type
+from mindspeed_mm.accelerator.hardware import _module, device_type
 
 
 def profiler_activities(with_cpu: bool = True) -> list[ProfilerActivity]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy
 import torch
 
-from mindspeed_mm.accelerator.device import _module, is_cpu
+from mindspeed_mm.accelerator.hardware import _module, is_cpu
 
 
 def seed_all(seed: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -68,7 +69,9 @@ def _weight_files(folder: Path) -> list[Path]:
     if not (folder / INDEX).is_file():
         other = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth"))
         found = f"; it has {', '.join(other[:5])}, which is not read" if other else ""
-        raise UserError(f"{folder} has no weights: neither {WEIGHTS} nor {INDEX} is there{found}")
+        raise UserError(
+            f"{folder} has no weights: neither {WEIGHTS} nor {INDEX} is there{found}; download them into it"
+        )
     try:
         names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
     except (ValueError, KeyError, AttributeError) as error:
@@ -110,10 +113,18 @@ class ShardWriter:
             (self._folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def _flush(self) -> None:
-        save_file(self._pending, self._temporary(len(self._shards)), metadata={"format": "pt"})
+        path = self._temporary(len(self._shards))
+        save_file(self._pending, path, metadata={"format": "pt"})
+        path.chmod(0o666 & ~_umask())  # safetensors creates it for the owner alone
         self._shards.append(list(self._pending))
         self._total_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
 
     def _temporary(self, index: int) -> Path:
         return self._folder / f"shard-{index}.tmp"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -21,6 +21,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 _STAGING = ".staging"
 _REPLACED = ".replaced"
+_REMEDY = "Give the --save folder of an earlier run, or leave --load out to start from the initial weights."
 
 
 def folder_name(iteration: int) -> str:
@@ -64,7 +65,7 @@ def find(load_dir: str | Path, step: int | None = None) -> Path:
     """
     load_dir = Path(load_dir)
     if not load_dir.is_dir():
-        raise UserError(f"--load {load_dir}: no such folder")
+        raise UserError(f"--load {load_dir}: no such folder. {_REMEDY}")
     if is_checkpoint(load_dir):
         return load_dir
     name = folder_name(step) if step is not None else _read_tracker(load_dir)
@@ -108,7 +109,8 @@ def _hint(load_dir: Path) -> str:
     if below:
         return f"Did you mean its folder {below[0]}?"
     names = sorted(p.name for p in load_dir.iterdir())[:8]
-    return f"It holds {', '.join(names)}." if names else "The folder is empty."
+    found = f"It holds {', '.join(names)}." if names else "The folder is empty."
+    return f"{found} {_REMEDY}"
 
 
 def _prepare(save_dir: Path, staging: Path) -> None:

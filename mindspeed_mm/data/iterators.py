@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -83,11 +85,13 @@ class CyclicIterator:
                 set_epoch(self._epoch)
         if self._batch == 0:
             self._start_state = self._random_state()
-            return iter(self.loader)
+            with _signals_for_this_process_only():
+                return iter(self.loader)
         now = self._random_state()
         if self._start_state is not None:
             self._set_random_state(self._start_state)
-        batches = _open_at(self.loader, self._batch)
+        with _signals_for_this_process_only():
+            batches = _open_at(self.loader, self._batch)
         if self._start_state is None:
             self._start_state = now
         else:
@@ -131,6 +135,20 @@ class _StartAt:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.sampler, name)
+
+
+@contextmanager
+def _signals_for_this_process_only() -> Iterator[None]:
+    """Start worker processes that never see SIGTERM and SIGINT.
+
+    torchrun and terminals signal whole process groups. Workers would die of it, and with them the step after which
+    the run was going to be saved. They end with this process, or when it is done with them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _open_at(loader: Iterable[Any], batch: int) -> Iterator[Any]:

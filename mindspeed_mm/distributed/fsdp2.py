@@ -113,7 +113,7 @@ class Sharding:
     def __init__(self, module: nn.Module, config: Fsdp2Config, process_group: dist.ProcessGroup | None = None) -> None:
         self.module = module
         # A model may pass the work on to a part of itself, which reads the yaml again.
-        self.config = _with_dtype(config, self._stack[-1].config.param_dtype if self._stack else None)
+        self.config: Fsdp2Config = _with_dtype(config, self._stack[-1].config.param_dtype if self._stack else None)
         self.group = process_group if process_group is not None else dist.distributed_c10d._get_default_group()
         # What is noted there belongs to the same plan.
         self.notes: list[str] = self._stack[-1].notes if self._stack else []

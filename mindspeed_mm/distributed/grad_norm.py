@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,7 @@ def total_grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
     All ranks must pass their parameters in the same order: there is one collective for each kind of placement.
     """
-    groups: dict[object, list[Tensor]] = defaultdict(list)
+    groups: dict[Any, list[Tensor]] = defaultdict(list)
     for parameter in parameters:
         gradient = parameter.grad
         if gradient is not None:
@@ -42,7 +43,7 @@ def total_grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     for placement, gradients in groups.items():
         squares = _sum_of_squares([_local(g) for g in gradients])
         if placement is not None:
-            mesh, placements = placement  # type: ignore[misc]
+            mesh, placements = placement
             for dimension, kind in enumerate(placements):
                 if kind.is_shard():
                     dist.all_reduce(squares, group=mesh.get_group(dimension))

@@ -43,11 +43,11 @@ def meta_init() -> Iterator[None]:
         register(module, name, param)
 
     token = _building.set(True)
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    nn.Module.register_parameter = register_on_meta
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        nn.Module.register_parameter = register
         _building.reset(token)
 
 

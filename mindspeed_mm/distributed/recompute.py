@@ -33,9 +33,9 @@ def recompute(module: nn.Module) -> None:
         return
     if inspect.ismethod(forward):
         # Bound again to the instance, so that a deep copy of the module runs its own weights.
-        module.forward = MethodType(_recomputing(forward.__func__), module)  # type: ignore[method-assign]
+        module.forward = MethodType(_recomputing(forward.__func__), module)
     else:
-        module.forward = _recomputing(forward)  # type: ignore[method-assign]
+        module.forward = _recomputing(forward)
 
 
 def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:

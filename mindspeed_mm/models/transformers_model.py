@@ -212,6 +212,9 @@ def _load_hf_config(folder: str, config: Any) -> Any:
 
 def _from_pretrained(model_cls: Any, folder: str, hf_config: Any, config: Any, options: dict[str, Any]) -> Any:
     """Return the model with the folder's weights, all of them, in fp32 on the host."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # one for each rank, and unreadable in a log file
     share_weight_layout(model_cls)
     try:
         model, report = model_cls.from_pretrained(folder, config=hf_config, output_loading_info=True, **options)

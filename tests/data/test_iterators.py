@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterable
 
+import psutil
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -152,3 +155,21 @@ def test_build_iterations() -> None:
     assert (list(train), list(valid), test) == ([1, 2], [3], None)
     with pytest.raises(UserError, match="'endless'"):
         build_iterations([1], iterator_type="endless")
+
+
+class Pids(Dataset):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> int:
+        return os.getpid()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_workers_outlive_the_signal_that_a_launcher_sends_to_the_process_group(number: signal.Signals) -> None:
+    batches = CyclicIterator(DataLoader(Pids(), num_workers=1, prefetch_factor=1))
+    worker = int(next(batches))
+    os.kill(worker, number)
+    assert [int(next(batches)) for _ in range(7)] == [worker] * 7
+    next(batches)  # the end of the epoch: the loader is done with its workers and could end them
+    assert not psutil.pid_exists(worker)

@@ -27,7 +27,7 @@ from mindspeed_mm.distributed.patterns import parse_numbers, resolve, resolve_al
 
 # The mixins are only ever part of a module, but must not put nn.Module in front of a class's other bases.
 if TYPE_CHECKING:
-    _Module = nn.Module
+    from torch.nn import Module as _Module
 else:
     _Module = object
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
 
-def share_weight_layout(model_cls: type) -> None:
+
+def share_weight_layout(model_cls: Any) -> None:
     """Give a subclass of a Transformers class the key names and layouts of its parent's files.
 
     The names on disk are often not those of the modules. Transformers finds the conversion by the class's name or

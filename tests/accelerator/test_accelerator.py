@@ -1,0 +1,111 @@
+"""Decisions of the accelerator layer, for this machine and, with a stand-in device type, for the others."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy
+import pytest
+import torch
+
+from mindspeed_mm import accelerator
+from mindspeed_mm.accelerator import backend, hardware, profiling
+from mindspeed_mm.errors import UserError
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch):
+    """Pretend to run on another device type."""
+
+    def pretend(kind: str) -> None:
+        for module in (backend, hardware, profiling):
+            monkeypatch.setattr(module, "device_type", lambda: kind)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("kind", "requested", "chosen", "warns"),
+    [
+        ("cpu", None, "gloo", False),
+        ("cpu", "gloo", "gloo", False),
+        ("cpu", "nccl", "gloo", True),  # a published script on a laptop
+        ("cpu", "hccl", "gloo", True),
+        ("cpu", "npu:hccl,cpu:gloo", "gloo", True),
+        ("cuda", None, "cpu:gloo,cuda:nccl", False),
+        ("cuda", "nccl", "cpu:gloo,cuda:nccl", False),
+        ("cuda", "gloo", "gloo", False),
+        ("cuda", "hccl", "cpu:gloo,cuda:nccl", True),  # a published script on a GPU
+        ("cuda", "npu:hccl,cpu:gloo", "cpu:gloo,cuda:nccl", True),
+        ("npu", None, "cpu:gloo,npu:hccl", False),
+        ("npu", "nccl", "cpu:gloo,npu:hccl", False),  # NPU scripts say nccl and mean the device's library
+        ("npu", "npu:hccl,cpu:gloo", "cpu:gloo,npu:hccl", False),
+    ],
+)
+def test_backend(on, kind: str, requested: str | None, chosen: str, warns: bool) -> None:
+    on(kind)
+    name, warning = accelerator.resolve_backend(requested)
+    assert name == chosen
+    assert (warning is not None) == warns
+    if warning:
+        assert requested in warning
+        assert chosen in warning
+
+
+def test_this_machine_is_found_and_can_be_overridden(monkeypatch: pytest.MonkeyPatch) -> None:
+    hardware.device_type.cache_clear()
+    monkeypatch.setenv("MINDSPEED_MM_DEVICE", "cpu")
+    assert accelerator.device_type() == "cpu"
+    hardware.device_type.cache_clear()
+    monkeypatch.setenv("MINDSPEED_MM_DEVICE", "gpu")
+    with pytest.raises(UserError, match=r"MINDSPEED_MM_DEVICE: 'gpu'.*Did you mean"):
+        accelerator.device_type()
+    monkeypatch.delenv("MINDSPEED_MM_DEVICE")
+    hardware.device_type.cache_clear()
+
+
+def test_too_many_processes_for_the_devices(on, monkeypatch: pytest.MonkeyPatch) -> None:
+    on("npu")
+    chosen: list[int] = []
+    stand_in = SimpleNamespace(device_count=lambda: 2, set_device=chosen.append, current_device=lambda: chosen[-1])
+    monkeypatch.setattr(hardware, "_module", lambda: stand_in)
+    accelerator.set_device(1)
+    assert chosen == [1]
+    with pytest.raises(UserError, match="--nproc_per_node: local rank 2 has no device"):
+        accelerator.set_device(2)
+
+
+def test_peak_is_known_or_none_but_never_guessed(on, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert accelerator.peak_flops(torch.bfloat16) is None
+    on("cuda")
+    for name, expected in (("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12), ("NVIDIA Unheard Of", None)):
+        monkeypatch.setattr(hardware, "_module", lambda name=name: SimpleNamespace(get_device_name=lambda: name))
+        assert accelerator.peak_flops(torch.bfloat16) == expected
+
+
+def test_random_state_round_trip(tmp_path) -> None:
+    accelerator.seed_all(3)
+    torch.save(accelerator.rng_state(), tmp_path / "state.pt")
+    expected = (random.random(), numpy.random.rand(), torch.rand(()).item())
+    accelerator.set_rng_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert (random.random(), numpy.random.rand(), torch.rand(()).item()) == expected
+
+
+def test_memory_of_a_cpu_process_is_its_resident_set() -> None:
+    before = accelerator.memory_stats()["allocated"]
+    block = torch.ones(32 * 2**20, dtype=torch.uint8)
+    assert accelerator.memory_stats()["allocated"] - before > 0.8 * block.numel()
+
+
+def test_megatron_core_imports_without_dynamo_and_compile_is_put_back() -> None:
+    code = (
+        "import torch; compiled = torch.compile\n"
+        "from mindspeed_mm import accelerator; accelerator.load_megatron_core()\n"
+        "import sys; assert 'megatron.core' in sys.modules; assert 'torch._dynamo' not in sys.modules\n"
+        "assert torch.compile is compiled\n"
+    )
+    result = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,274 @@
+"""A user's mistake ends the job on all ranks: one message, last in the log, and nothing already saved is touched."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ranks import RankPool
+from tests.training.job import SCRIPT, Job, Outcome, fingerprint, launch, run_here
+
+
+def _turns(*roles: str) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": "x"} for role in roles]}
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-60])
+
+
+def _without_weights(job: Job) -> None:
+    folder = shutil.copytree(job.model["init_from_hf_path"], job.folder / "hf")
+    (folder / "model.safetensors").unlink()
+    job.model["init_from_hf_path"] = str(folder)
+
+
+def _use_callback(job: Job, text: str) -> None:
+    """Replace callbacks of the repository's script by those in ``text``."""
+    main = "from mindspeed_mm.training import get_args, pretrain\nfrom pretrain_transformers import *\n"
+    call = "pretrain({}, {}, None, forward_step, extra_args_provider=mm_extra_args_provider)\n"
+    job.use_script(f"import torch\n{main}{text}\n{call.format('train_valid_test_datasets_provider', 'model_provider')}")
+
+
+def _loss(expression: str) -> Callable[[Job], None]:
+    forward = "def forward_step(it, model):\n    return model(**next(it)), lambda output: "
+    return lambda job: _use_callback(job, forward + expression)
+
+
+def _provider(expression: str) -> Callable[[Job], None]:
+    return lambda job: _use_callback(job, f"def train_valid_test_datasets_provider():\n    return {expression}")
+
+
+def _set(section: str, **values: Any) -> Callable[[Job], None]:
+    return lambda job: getattr(job, section).update(values)
+
+
+def _rows(value: Any) -> Callable[[Job], None]:
+    return lambda job: setattr(job, "rows", value)
+
+
+def _row(content: str, *images: str) -> dict[str, Any]:
+    return {
+        "images": list(images),
+        "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "x"}],
+    }
+
+
+# What is wrong, how it is brought about, and what the message must say: the place, the value and the fix.
+CASES: dict[str, tuple[Callable[[Job], Any], str]] = {
+    "no data file": (_rows(None), r"train\.jsonl: no such data file; check basic_parameters\.dataset"),
+    "an empty data file": (_rows(""), r"train\.jsonl: the data file is empty"),
+    "a broken line": (
+        _rows('{"messages": []\n{oops}\n'),
+        r"train\.jsonl:1: broken JSON: .*; each line must",
+    ),
+    "a missing image": (
+        _rows([_row("<image>", "images/none.png")]),
+        r"train\.jsonl:1: image 'images/none\.png' not found in .*; check the path",
+    ),
+    "a truncated image": (
+        lambda job: _truncate(job.folder / "images" / "1.png"),
+        r"train\.jsonl:2: image \S+/images/1\.png cannot be decoded: .*; replace the file",
+    ),
+    "an image outside of the data folder": (
+        _rows([_row("<image>", "../a.png")]),
+        r"train\.jsonl:1: image '\.\./a\.png' is outside the data folder .*; move it inside",
+    ),
+    "more placeholders than images": (
+        _rows([_row("<image><image>", "images/0.png")]),
+        r"train\.jsonl:1: .*2 <image> placeholder\(s\) .* but 1 file\(s\)",
+    ),
+    "the wrong order of roles": (
+        _rows([_turns("user", "user")]),
+        r"train\.jsonl:1: message 2 is from 'user', expected 'assistant'",
+    ),
+    "an unknown key in model.json": (
+        _set("model", int_from_hf_path="x"),
+        r"model\.json: int_from_hf_path: unknown key.* Did you mean 'init_from_hf_path'\?",
+    ),
+    "an unknown key in data.json": (
+        lambda job: job.data["dataloader_param"].update(shufle=True),
+        r"data\.json: dataloader_param\.shufle: unknown key.* Did you mean 'shuffle'\?",
+    ),
+    "an unknown key in the yaml": (
+        _set("yaml", shard_size=2),
+        r"fsdp2_config\.yaml: shard_size: unknown key.* Did you mean 'sharding_size'\?",
+    ),
+    "no config file": (
+        _set("flags", **{"mm-model": "modle.json"}),
+        r"modle\.json: no such file\. Did you mean 'model\.json'\?",
+    ),
+    "an HF folder without weights": (
+        _without_weights,
+        r"init_from_hf_path: '\S+/hf' has no weights .* Set random_init",
+    ),
+    "an HF folder without weights, built on meta": (
+        lambda job: (_without_weights(job), job.flags.update({"init-model-with-meta-device": True})),
+        r"/hf has no weights: neither model\.safetensors nor .*; download them",
+    ),
+    "a sharding_size that does not divide": (
+        _set("yaml", sharding_size=3),
+        r"sharding_size: 3 does not divide the \d data-parallel ranks; use auto",
+    ),
+    "a module path that matches nothing": (
+        _set("yaml", sub_modules_to_wrap=["model.language_model.layer.{*}"]),
+        r"model\.language_model\.layer\.\{\*\}.*model\.language_model\.layers",
+    ),
+    "a global batch that does not divide": (
+        _set("flags", **{"micro-batch-size": 2, "global-batch-size": 7}),
+        r"--global-batch-size 7 is not a multiple of --micro-batch-size 2 x \d data-parallel ranks = \d; use ",
+    ),
+    "--load of a folder that does not exist": (
+        _set("flags", load="nowhere"),
+        r"--load nowhere: no such folder\. Give the --save folder",
+    ),
+    "--load of a folder without a checkpoint": (
+        _set("flags", load="images"),
+        r"--load images: no checkpoint: there is no latest_checkpointed_iteration\.txt\. It holds .* or leave --load",
+    ),
+    "--load without a checkpoint, built on meta": (
+        _set("flags", load="images", **{"init-model-with-meta-device": True}),
+        r"--load images: no checkpoint",
+    ),
+    "an unknown flag": (
+        _set("flags", **{"trian-iters": 3}),
+        r"unknown flag --trian-iters; .* Did you mean '--train-iters'\?",
+    ),
+    "a flag with a wrong value": (_set("flags", lr="fast"), r"--lr: 'fast' is not a number; give a number"),
+    "a loss that is a list": (_loss("[output['loss']]"), r"loss_func returned a list of length 1\. It must return"),
+    "a loss that is a float": (_loss("float(output['loss'])"), r"loss_func returned a float\. It must return"),
+    "a loss of many numbers": (
+        _loss("output['loss'].repeat(3)"),
+        r"loss_func returned a tensor of shape \(3,\) as the loss: it must be one number",
+    ),
+    "a loss without a gradient": (
+        _loss("output['loss'].detach()"),
+        r"loss_func returned a loss without a gradient: .*not detached",
+    ),
+    "a report that is no dict": (_loss("(output['loss'], 1)"), r"loss_func returned a int as the report"),
+    "a forward_step without loss_func": (
+        lambda job: _use_callback(job, "def forward_step(it, model):\n    return model(**next(it))"),
+        r"forward_step returned a dict: it must return '\(output, loss_func\)'",
+    ),
+    "a provider of two loaders": (
+        _provider("None, None"),
+        r"train_valid_test_datasets_provider returned 2 values: it must return the train, validation and test",
+    ),
+    "a provider of something else": (_provider("3, None, None"), r"returned a int for train: it must be a DataLoader"),
+    "an iterator that ends too early": (
+        _provider("iter([]), None, None"),
+        r"training iterator ended after 0 batches, before the run did",
+    ),
+    "a provider of no model": (
+        lambda job: _use_callback(job, "def model_provider():\n    pass"),
+        r"model_provider returned a NoneType: it must return a torch\.nn\.Module",
+    ),
+    "a plugin that does not exist": (
+        _set("flags", plugin="adapter.py"),
+        r"--plugin: there is no file '\S+adapter\.py'",
+    ),
+}
+
+
+def bring_about(job: Job, name: str) -> str:
+    """Set the case up, next to a folder of checkpoints, and return what the message must say."""
+    checkpoint = job.folder / "ckpt" / "iter_0000002"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / ".metadata").write_bytes(b"tensors")
+    (job.folder / "ckpt" / "latest_checkpointed_iteration.txt").write_text("2")
+    job.flags["save"] = "ckpt"
+    change, expected = CASES[name]
+    change(job)
+    return expected
+
+
+def check(outcome: Outcome, expected: str) -> None:
+    message = outcome.error()
+    assert re.search(expected, message), f"{expected!r} is not in:\n{message}"
+    assert "Traceback" not in message and len(message) < 1200, message
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_message(name: str, ranks1: RankPool, job: Job) -> None:
+    expected = bring_about(job, name)
+    saved = fingerprint(job.folder / "ckpt")
+    (outcome,) = ranks1.run(run_here, job.command(), job.folder)
+    check(outcome, expected)
+    after = fingerprint(job.folder / "ckpt")
+    assert {path: after.get(path) for path in saved} == saved
+
+
+# One mistake for each moment: the command line, the config files, the data, the model, sharding, weights, a step.
+ON_ALL_RANKS = ("an unknown flag", "--load of a folder without a checkpoint")
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in ON_ALL_RANKS else pytest.mark.slow) for n in CASES])
+def test_two_ranks_end_together(name: str, job: Job) -> None:
+    expected = bring_about(job, name)
+    saved = fingerprint(job.folder / "ckpt")
+    check(launch(job), expected)
+    after = fingerprint(job.folder / "ckpt")
+    assert {path: after.get(path) for path in saved} == saved
+
+
+@pytest.mark.ranks
+def test_a_mistake_that_one_rank_finds_in_a_worker(job: Job) -> None:
+    _truncate(job.folder / "images" / "3.png")  # the second row that rank 1 reads
+    job.flags |= {"num-workers": 1, "save": "ckpt"}
+    outcome = launch(job)
+    check(outcome, r"^error \(rank 1\): \S*train\.jsonl:4: image \S+/3\.png cannot be decoded: .*; replace the file$")
+    assert len(outcome.losses) == 1 and not list(job.folder.glob("ckpt/iter*"))
+
+
+@pytest.mark.ranks
+def test_a_rank_that_is_killed(job: Job) -> None:
+    _use_callback(
+        job,
+        """
+import os, signal, time
+from mindspeed_mm.training import get_args
+def forward_step(it, model):
+    if get_args().iteration == 2 and os.environ["RANK"] == "1":
+        print(f"killed at {time.time()}", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return model(**next(it)), loss_func
+""",
+    )
+    job.flags["num-workers"] = 1
+    outcome = launch(job)
+    check(outcome, r"^error \(rank 0\): lost contact with another rank, which was killed or hangs: .*")
+    assert len(outcome.losses) == 2 and "exitcode  : -9" in outcome.text
+    killed = re.search(r"killed at (\S+)", outcome.text)
+    assert killed and outcome.ended - float(killed[1]) < 30
+
+
+SAVE_FAILS = """
+import os
+from mindspeed_mm.checkpoint import store
+write = store.write_python_state
+def full_disk(path, state):
+    if get_args().iteration == 3 and os.environ["RANK"] == "1":
+        raise OSError(28, "No space left on device", str(path))
+    write(path, state)
+store.write_python_state = full_disk
+"""
+
+
+@pytest.mark.ranks
+def test_a_rank_that_cannot_save(ranks2: RankPool, job: Job) -> None:
+    _use_callback(job, SAVE_FAILS)
+    job.flags |= {"save": "ckpt", "save-interval": 2, "exit-interval": 3}
+    outcome = launch(job)
+    check(outcome, r"saving ckpt/iter_0000003 failed on rank 1: .*No space left on device")
+    assert (job.folder / "ckpt" / "latest_checkpointed_iteration.txt").read_text() == "2"
+    assert [path.name for path in job.folder.glob("ckpt/iter*")] == ["iter_0000002"]
+    job.script = SCRIPT
+    job.flags |= {"load": "ckpt", "save": None, "exit-interval": None}
+    resumed = ranks2.run(run_here, job.command(), job.folder)[1]
+    assert resumed.code == 0 and len(resumed.losses) == 2, resumed.text
