@@ -272,3 +272,59 @@ def test_a_rank_that_cannot_save(ranks2: RankPool, job: Job) -> None:
     job.flags |= {"load": "ckpt", "save": None, "exit-interval": None}
     resumed = ranks2.run(run_here, job.command(), job.folder)[1]
     assert resumed.code == 0 and len(resumed.losses) == 2, resumed.text
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_a_mistake_of_one_rank_while_the_model_is_built(job: Job) -> None:
+    _use_callback(
+        job,
+        """
+import os
+from mindspeed_mm.errors import UserError
+build = model_provider
+def model_provider():
+    if os.environ["RANK"] == "1":
+        raise UserError("model.json: only rank 1 sees this")
+    return build()
+""",
+    )
+    check(launch(job), r"^error \(rank 1\): model\.json: only rank 1 sees this$")
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_a_bug_is_shown_once_with_its_traceback(job: Job) -> None:
+    _use_callback(job, "def model_provider():\n    return {}['weights']")
+    outcome = launch(job)
+    message = outcome.error()
+    assert message.count("Traceback") == 1 and message.endswith("KeyError: 'weights'")
+    assert "pretrain_custom.py" in message and "in model_provider" in message
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+def test_an_interrupt_before_training(job: Job) -> None:
+    _use_callback(job, "def model_provider():\n    raise KeyboardInterrupt")
+    check(launch(job), r"^error \(rank \d\): interrupted by Ctrl-C; checkpoints already saved are complete\.$")
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_torchrun_saves_and_ends(job: Job, number: str) -> None:
+    _use_callback(
+        job,
+        f"""
+import os, signal
+def forward_step(it, model):
+    if get_args().iteration == 2 and os.environ["RANK"] == "0":
+        os.kill(os.getppid(), signal.{number})
+    return model(**next(it)), loss_func
+""",
+    )
+    job.flags |= {"num-workers": 2, "save": "ckpt", "train-iters": 200}
+    outcome = launch(job)
+    assert f"exiting program after receiving {number}" in outcome.text, outcome.text
+    assert not re.search(r"^error", outcome.text, re.MULTILINE), outcome.text
+    assert int((job.folder / "ckpt" / "latest_checkpointed_iteration.txt").read_text()) == len(outcome.losses) < 200
