@@ -114,7 +114,8 @@ class Flag:
         help: One sentence for ``--help``; the default is appended.
         fsdp2: ``None`` if the FSDP2 road uses it, else why not.
         megatron: The same for the Megatron road.
-        needs: Another flag, or a flag and its value, without which this one is not read: ``"--optimizer muon"``.
+        needs: Another flag, or a flag and its value, without which this one is not read: ``"--optimizer muon"``;
+            ``" or "`` joins alternatives.
         dest: Attribute name in the namespace if it is not the name with underscores.
         aliases: Further spellings.
     """

@@ -27,7 +27,10 @@ def report_inert_flags(args: Namespace, road: str) -> list[str]:
     return [f"no effect: {' '.join(names)} ({reason})" for reason, names in by_reason.items()]
 
 
-def _holds(args: Namespace, need: str) -> bool:
-    name, *wanted = need.split()
-    value = getattr(args, FLAGS[name].dest)
-    return str(value) == wanted[0] if wanted else bool(value)
+def _holds(args: Namespace, needs: str) -> bool:
+    for need in needs.split(" or "):
+        name, *wanted = need.split()
+        value = getattr(args, FLAGS[name].dest)
+        if str(value) == wanted[0] if wanted else value:
+            return True
+    return False

@@ -56,6 +56,9 @@ class FSDP2Engine:
         self.replicated = [p for p in replicated if p.requires_grad]
         self.parameters = [p for _, p in module.named_parameters() if p.requires_grad]
         self.fsdp_roots = _outermost(module)
+        # What only the hosts know is agreed between hosts, so that they do not wait for their devices.
+        ranks = dist.get_process_group_ranks(group)
+        self._host_group = dist.new_group(ranks, backend="gloo") if self.replicated else None
 
     def forward_backward(
         self,
@@ -131,8 +134,8 @@ class FSDP2Engine:
         """
         if not self.replicated:
             return
-        took_part = torch.tensor([float(p.grad is not None) for p in self.replicated], device=self.replicated[0].device)
-        dist.all_reduce(took_part, group=self.group)
+        took_part = torch.tensor([p.grad is not None for p in self.replicated], dtype=torch.int32)
+        dist.all_reduce(took_part, group=self._host_group)
         for parameter, count in zip(self.replicated, took_part.tolist(), strict=True):
             if not count:
                 continue

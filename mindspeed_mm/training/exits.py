@@ -65,4 +65,5 @@ class ExitWatch:
             return self._received, timed_out
         known = torch.tensor([self._received, int(timed_out)])
         dist.all_reduce(known, op=dist.ReduceOp.MAX, group=self._group)
-        return int(known[0]), bool(known[1])
+        number, any_timed_out = known.numpy()
+        return int(number), bool(any_timed_out)

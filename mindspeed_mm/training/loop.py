@@ -109,7 +109,7 @@ class Trainer:
             num_microbatches=self.num_microbatches,
         )
         print_losses(where, losses)
-        self.log.validation(self.progress.iteration, losses)
+        self.log.validation(self.progress.iteration, self.progress.consumed_samples, losses)
         return losses
 
     def _step(self, feed: Feed) -> None:

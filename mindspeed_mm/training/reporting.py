@@ -1,4 +1,4 @@
-"""What a run tells: Megatron's log line, metrics.jsonl, TensorBoard and a progress bar.
+"""What a run tells: Megatron's log line, metrics.jsonl, sinks such as TensorBoard, and a progress bar.
 
 Values stay on the device until a step that logs: the steps in between cost the host no synchronisation.
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mindspeed_mm import accelerator
 from mindspeed_mm.distributed.state import data_parallel_group, is_last_rank, print_line, print_rank_last
+from mindspeed_mm.training.sinks import Sink
 
 
 @dataclass
@@ -63,8 +64,10 @@ def read_quotients(pairs: Tensor) -> list[Any]:
 
 
 def _scalar(value: Any) -> Tensor:
-    tensor = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value), device=accelerator.device())
-    return tensor.reshape(()).to(torch.float64 if accelerator.has_float64() else torch.float32)
+    dtype = torch.float64 if accelerator.has_float64() else torch.float32
+    if isinstance(value, Tensor):
+        return value.detach().reshape(()).to(dtype)
+    return torch.full((), float(value), dtype=dtype, device=accelerator.device())  # filled there: nothing is copied
 
 
 def format_log_line(
@@ -111,8 +114,8 @@ class TrainingLog:
         global_batch_size: samples of a step.
         metrics_path: where ``metrics.jsonl`` goes, None for nowhere.
         start_iteration: rows after it are dropped from an existing file: they are about to be made again.
-        tensorboard_dir: where TensorBoard events go, None for nowhere.
-        tensorboard_interval: steps between two TensorBoard points.
+        sinks: further places to write to, on the last rank.
+        sink_interval: steps between two points in the sinks.
         flops_per_token: of forward and backward, for the throughput column; None leaves it out.
     """
 
@@ -124,19 +127,19 @@ class TrainingLog:
         global_batch_size: int,
         metrics_path: Path | None,
         start_iteration: int,
-        tensorboard_dir: str | None,
-        tensorboard_interval: int,
+        sinks: Sequence[Sink],
+        sink_interval: int,
         flops_per_token: float | None,
     ) -> None:
         self.train_iters = train_iters
         self.log_interval = log_interval
         self.global_batch_size = global_batch_size
-        self.tensorboard_interval = tensorboard_interval
+        self.sinks = sinks
+        self.sink_interval = sink_interval
         self.flops_per_token = flops_per_token
         self._records: list[StepRecord] = []
         self._writes = is_last_rank()
         self._metrics = _open_metrics(metrics_path, start_iteration) if metrics_path and self._writes else None
-        self._tensorboard = _open_tensorboard(tensorboard_dir) if tensorboard_dir and self._writes else None
         self._progress = _start_progress(train_iters) if self._writes and sys.stdout.isatty() else None
 
     def add(self, record: StepRecord) -> None:
@@ -163,29 +166,27 @@ class TrainingLog:
         for row in rows:
             if self._metrics:
                 self._metrics.write(json.dumps(row) + "\n")
-            if self._tensorboard and row["iteration"] % self.tensorboard_interval == 0:
-                self._write_tensorboard(row, keys)
+            if row["iteration"] % self.sink_interval == 0:
+                self._sink(_curves(row, keys), row["iteration"], row["consumed_samples"])
         if self._metrics:
             self._metrics.flush()
         if print_line:
             self._print(records, rows, keys)
 
-    def validation(self, iteration: int, losses: Mapping[str, float]) -> None:
+    def validation(self, iteration: int, consumed_samples: int, losses: Mapping[str, float]) -> None:
         """Record validation losses."""
         if self._metrics:
             row = {"iteration": iteration, **{f"validation {key}": value for key, value in losses.items()}}
             self._metrics.write(json.dumps(row) + "\n")
             self._metrics.flush()
-        if self._tensorboard:
-            for key, value in losses.items():
-                self._tensorboard.add_scalar(f"{key} validation", value, iteration)
+        self._sink({f"{key} validation": value for key, value in losses.items()}, iteration, consumed_samples)
 
     def close(self) -> None:
         """Write what is left and close the files. A collective."""
         self.flush()
-        for sink in (self._metrics, self._tensorboard):
-            if sink:
-                sink.close()
+        for file in (self._metrics, *self.sinks):
+            if file:
+                file.close()
         self.stop_progress()
 
     def stop_progress(self) -> None:
@@ -235,16 +236,21 @@ class TrainingLog:
         else:
             print_line(line)
 
-    def _write_tensorboard(self, row: Mapping[str, Any], keys: Sequence[str]) -> None:
-        iteration, samples = row["iteration"], row["consumed_samples"]
-        for key in keys:
-            self._tensorboard.add_scalar(key, row[key], iteration)
-            self._tensorboard.add_scalar(f"{key} vs samples", row[key], samples)
-        self._tensorboard.add_scalar("learning-rate", row["learning_rate"], iteration)
-        self._tensorboard.add_scalar("grad-norm", row["grad_norm"], iteration)
-        self._tensorboard.add_scalar("iteration-time", row["step_time"], iteration)
-        self._tensorboard.add_scalar("throughput", row["samples_per_second"], iteration)
-        self._tensorboard.add_scalar("mem-allocated-bytes", row["memory_bytes"], iteration)
+    def _sink(self, values: Mapping[str, float], iteration: int, samples: int) -> None:
+        for sink in self.sinks:
+            sink.write(values, iteration, samples)
+
+
+def _curves(row: Mapping[str, Any], keys: Sequence[str]) -> dict[str, float]:
+    """Return what the sinks show of a step, under Megatron's names."""
+    return {
+        **{key: row[key] for key in keys},
+        "learning-rate": row["learning_rate"],
+        "grad-norm": row["grad_norm"],
+        "iteration-time": row["step_time"],
+        "throughput": row["samples_per_second"],
+        "mem-allocated-bytes": row["memory_bytes"],
+    }
 
 
 def _row(record: StepRecord, keys: Sequence[str]) -> Tensor:
@@ -275,12 +281,6 @@ def _open_metrics(path: Path, start_iteration: int) -> Any:
         kept = [text for text in complete if json.loads(text)["iteration"] <= start_iteration]
         path.write_text("".join(kept), encoding="utf-8")
     return path.open("a", encoding="utf-8")
-
-
-def _open_tensorboard(folder: str) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(log_dir=folder)
 
 
 def _start_progress(train_iters: int) -> Any:

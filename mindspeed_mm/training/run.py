@@ -33,6 +33,7 @@ from mindspeed_mm.training.exits import ExitWatch
 from mindspeed_mm.training.failures import StoreSlot
 from mindspeed_mm.training.loop import Cadence, Progress, Trainer
 from mindspeed_mm.training.reporting import TrainingLog
+from mindspeed_mm.training.sinks import Sink, open_sinks
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -50,6 +51,7 @@ def run(
     args, notes = _prepare_args(extra_args_provider, args_defaults)
     _join_job(args, store_slot, notes)
     state.print_rank_0(f"time to initialize megatron (seconds): {time.monotonic() - start:.3f}")
+    sinks = open_sinks(args)
     for plugin in args.plugin:
         load_plugin(plugin)
     profiler = Profiler(args.mm.tool.profile)
@@ -72,7 +74,7 @@ def run(
     checkpointer.restore_rng()
     state.print_rank_0("done with setup ...")
 
-    trainer = _build_trainer(args, engine, schedule, forward_step, train, valid, checkpointer)
+    trainer = _build_trainer(args, engine, schedule, forward_step, train, valid, checkpointer, sinks)
     trainer.observers = [profiler.step, memory_profiler.step]
     profiler.start()
     try:
@@ -205,6 +207,7 @@ def _build_trainer(
     train: Iterator[Any] | None,
     valid: Iterator[Any] | None,
     checkpointer: Checkpointer,
+    sinks: list[Sink],
 ) -> Trainer:
     def publish(iteration: int, consumed: int) -> None:
         args.iteration, args.consumed_train_samples = iteration, consumed
@@ -237,8 +240,8 @@ def _build_trainer(
             global_batch_size=args.global_batch_size,
             metrics_path=Path(args.save) / "metrics.jsonl" if args.save else None,
             start_iteration=progress.iteration,
-            tensorboard_dir=args.tensorboard_dir,
-            tensorboard_interval=args.tensorboard_log_interval,
+            sinks=sinks,
+            sink_interval=args.tensorboard_log_interval,
             flops_per_token=_flops_per_token(engine.module) if args.log_throughput else None,
         ),
         save=save,

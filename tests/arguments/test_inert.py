@@ -37,9 +37,11 @@ def test_flags_that_need_another() -> None:
     assert report_inert_flags(args, "fsdp2") == [
         "no effect: --sgd-momentum (it is read only with --optimizer sgd)",
         "no effect: --lr-mult (it is read only with --lr-scale-modules)",
-        "no effect: --tensorboard-log-interval (it is read only with --tensorboard-dir)",
+        "no effect: --tensorboard-log-interval (it is read only with --tensorboard-dir or --wandb-project)",
     ]
     args = validated(*FSDP2, "--optimizer", "sgd", "--sgd-momentum", "0.5", "--tensorboard-dir", "t")
+    assert report_inert_flags(args, "fsdp2") == []
+    args = validated(*FSDP2, "--tensorboard-log-interval", "3", "--wandb-project", "p", "--wandb-exp-name", "n")
     assert report_inert_flags(args, "fsdp2") == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,11 @@ def test_config_files_load(folder: str) -> None:
 
 def launch(folder: str, environment: dict[str, str], *flags: str, timeout: float = 60.0) -> str:
     """Run ``pretrain.sh`` of an example from the root of the repository and return what it printed."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # torchrun is beside this Python
     answer = subprocess.run(
         ["bash", f"{folder}/pretrain.sh", *flags],
         cwd=ROOT,
-        env={**os.environ, **environment},
+        env={**os.environ, "PATH": path, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

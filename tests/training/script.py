@@ -52,10 +52,8 @@ def forward_step(data_iterator: Any, model: nn.Module) -> tuple[Any, Any]:
     return model(**next(data_iterator)), lambda loss: loss
 
 
-def train(folder: str | Path, *flags: str, steps: int = 10) -> None:
-    """Train ``steps`` iterations with the given extra flags, saving to ``folder``."""
-    from mindspeed_mm.training import pretrain
-
+def arguments(folder: str | Path, *flags: str, steps: int) -> None:
+    """Set the command line: ``steps`` iterations with the given extra flags, saving to ``folder``."""
     yaml = Path(folder) / f"fsdp2_config_{os.environ.get('RANK', 0)}.yaml"
     yaml.write_text("sharding_size: auto\nsub_modules_to_wrap: ['layers.{*}']\n")
     sys.argv = [
@@ -65,4 +63,11 @@ def train(folder: str | Path, *flags: str, steps: int = 10) -> None:
         *("--eval-interval", "4", "--eval-iters", "1"),
         *flags,
     ]
+
+
+def train(folder: str | Path, *flags: str, steps: int = 10) -> None:
+    """Train with that command line."""
+    from mindspeed_mm.training import pretrain
+
+    arguments(folder, *flags, steps=steps)
     pretrain(datasets, Net, None, forward_step)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from argparse import Namespace
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.reporting import StepRecord, TrainingLog, format_log_line, merge_reports, read_quotients
+from mindspeed_mm.training.sinks import TensorBoardSink, WandbSink, open_sinks
 from tests.ranks import RankPool
 
 NOW = datetime(2025, 12, 8, 10, 0, 0)
@@ -87,8 +93,8 @@ def write_log(folder: str) -> None:
         global_batch_size=8,
         metrics_path=Path(folder) / "metrics.jsonl",
         start_iteration=0,
-        tensorboard_dir=f"{folder}/tensorboard",
-        tensorboard_interval=1,
+        sinks=open_sinks(Namespace(tensorboard_dir=f"{folder}/tensorboard", wandb_project=None)),
+        sink_interval=1,
         flops_per_token=None,
     )
     for i in range(1, 4):
@@ -108,3 +114,90 @@ def test_metrics_have_every_step_with_full_precision(ranks2: RankPool, tmp_path:
     assert rows[0]["tokens_per_second"] == pytest.approx(400)
     assert rows[0]["memory_bytes"] > 0
     assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+class RecordingWandb:
+    """Stands in for the package: keeps what is called on it and on the run it returns."""
+
+    Error = ConnectionError
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails = fails
+        self.calls: list[tuple[str, Any]] = []
+
+    def init(self, **settings: Any) -> RecordingWandb:
+        if self.fails:
+            raise self.Error("no API key")
+        self.calls.append(("init", settings))
+        return self
+
+    def define_metric(self, name: str, step_metric: str) -> None:
+        self.calls.append(("define_metric", (name, step_metric)))
+
+    def log(self, values: dict[str, float]) -> None:
+        self.calls.append(("log", values))
+
+    def finish(self) -> None:
+        self.calls.append(("finish", None))
+
+
+def wandb_args(folder: Path) -> Namespace:
+    return Namespace(
+        tensorboard_dir=None, wandb_project="p", wandb_exp_name="n", wandb_save_dir=None, save=str(folder / "s"), lr=0.1
+    )
+
+
+def test_wandb_gets_every_value_over_iterations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = RecordingWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    args = wandb_args(tmp_path)
+    (sink,) = open_sinks(args)
+    sink.write({"loss": 0.5}, 3, 24)
+    sink.close()
+    config = {key: value for key, value in vars(args).items() if value is not None}
+    assert wandb.calls == [
+        ("init", {"project": "p", "name": "n", "dir": args.save, "config": config}),
+        ("define_metric", ("*", "iteration")),
+        ("log", {"loss": 0.5, "iteration": 3, "samples": 24}),
+        ("finish", None),
+    ]
+    assert Path(args.save).is_dir()
+
+
+def test_a_log_writes_steps_and_validation_to_its_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[tuple[dict[str, float], int, int]] = []
+    sink = SimpleNamespace(write=lambda *row: rows.append(row), close=lambda: rows.append(({}, 0, 0)))
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor, group=None: None)
+    monkeypatch.setattr("mindspeed_mm.training.reporting.data_parallel_group", lambda: None)
+    log = TrainingLog(
+        train_iters=4,
+        log_interval=4,
+        global_batch_size=8,
+        metrics_path=None,
+        start_iteration=0,
+        sinks=[sink],
+        sink_interval=2,
+        flops_per_token=None,
+    )
+    for i in range(1, 5):
+        values = merge_reports([{"loss": torch.tensor(float(i))}])
+        log.add(StepRecord(i, 8 * i, 1e-3, values, torch.tensor(2.0), 0.5, 0.1, 100, False))
+    log.validation(4, 32, {"loss": 7.0})
+    log.close()
+    (second, *at_second), (_, *at_fourth), validation, closed = rows
+    assert (at_second, at_fourth) == ([2, 16], [4, 32])
+    assert {"loss": 2.0, "grad-norm": 2.0, "learning-rate": 1e-3, "throughput": 16.0}.items() <= second.items()
+    assert validation == ({"loss validation": 7.0}, 4, 32)
+    assert closed == ({}, 0, 0)
+
+
+def test_sinks_that_cannot_start_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"--wandb-project needs .*pip install 'mindspeed-mm\[wandb\]'"):
+        open_sinks(wandb_args(tmp_path))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match=r"--tensorboard-dir needs .*pip install 'mindspeed-mm\[tensorboard\]'"):
+        TensorBoardSink(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "wandb", RecordingWandb(fails=True))
+    with pytest.raises(UserError, match=r"no API key.*wandb login"):
+        WandbSink("p", None, None, {})
