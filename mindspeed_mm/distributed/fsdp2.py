@@ -31,6 +31,7 @@ from mindspeed_mm import accelerator
 from mindspeed_mm.configs.fsdp2 import Fsdp2Config, load_fsdp2_config
 from mindspeed_mm.distributed.patterns import resolve_all, summarise
 from mindspeed_mm.distributed.recompute import recompute
+from mindspeed_mm.distributed.reduction import sum_gradients
 from mindspeed_mm.distributed.shard_plan import ShardPlan, describe
 from mindspeed_mm.distributed.units import no_split_modules, post_order, wrap_order
 from mindspeed_mm.errors import UserError
@@ -206,20 +207,12 @@ class Sharding:
                 unit.set_modules_to_backward_prefetch(following)
 
     def finish(self) -> ShardPlan:
-        """Set the gradient reduction of everything that was wrapped, place the rest, and say what was done."""
-        reduction = "mean"
-        if hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
-            # Plain sums are what every collective library has: gloo and HCCL know no PREMUL_SUM.
-            reduction = "sum"
-            for module in self.module.modules():
-                if isinstance(module, FSDPModule):
-                    module.set_force_sum_reduction_for_comms(True)
-                    module.set_gradient_divide_factor(1.0)
+        """Let everything that was wrapped sum gradients over the ranks, place the rest, and say what was done."""
+        sum_gradients(self.module)
         device = accelerator.device()
         self.module._apply(lambda t: t if isinstance(t, DTensor) or t.is_meta else t.to(device))
         return describe(
             self.module,
-            reduction=reduction,
             shard_device=torch.device("cpu") if self.config.offload_to_cpu else device,
             mesh=self._mesh_in_words,
             notes=self.notes,

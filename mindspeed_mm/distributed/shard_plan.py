@@ -30,7 +30,6 @@ class ShardPlan:
         rows: the wrapped modules below the root.
         root_parameters: elements left to the root unit.
         ignored_names: parameters outside FSDP. Their gradients are not reduced by it: the engine all-reduces them.
-        reduction: what FSDP does with the gradients of the ranks, ``"sum"`` or ``"mean"``.
         shard_device: where sharded parameters, gradients and optimizer states live between steps.
         mesh: the device mesh in words.
         notes: one line for each decision a user should know about.
@@ -40,7 +39,6 @@ class ShardPlan:
     rows: list[Row]
     root_parameters: int
     ignored_names: list[str]
-    reduction: str
     shard_device: torch.device
     mesh: str
     notes: list[str] = field(default_factory=list)
@@ -59,16 +57,14 @@ class ShardPlan:
             table.append(("not sharded", "", sum(param.numel() for _, param in self.ignored)))
         width = max(len(name) for name, _, _ in table)
         return [
-            f"FSDP2 over {self.mesh}, gradients reduced by {self.reduction}",
+            f"FSDP2 over {self.mesh}",
             f"  {'wrapped':<{width}} {'modules':>8} {'parameters':>18}",
             *(f"  {name:<{width}} {modules:>8} {parameters:>18,}" for name, modules, parameters in table),
             *(f"  {note}" for note in self.notes),
         ]
 
 
-def describe(
-    module: nn.Module, *, reduction: str, shard_device: torch.device, mesh: str, notes: list[str]
-) -> ShardPlan:
+def describe(module: nn.Module, *, shard_device: torch.device, mesh: str, notes: list[str]) -> ShardPlan:
     """Read the plan off a module that has just been sharded, whoever sharded it."""
     units = [path for path, submodule in module.named_modules() if isinstance(submodule, FSDPModule)]
     roots = [path for path in units if not any(_inside(path, other) for other in units)]
@@ -89,7 +85,6 @@ def describe(
         rows=rows,
         root_parameters=sum(sizes[path] for path in roots),
         ignored_names=ignored,
-        reduction=reduction,
         shard_device=shard_device,
         mesh=mesh,
         notes=notes,

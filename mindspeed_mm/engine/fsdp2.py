@@ -34,7 +34,6 @@ class FSDP2Engine:
         group: the data-parallel ranks.
         clip_grad: largest gradient norm; 0 leaves the gradients alone.
         per_token_loss: divide by the target tokens of the global batch.
-        sums_gradients: whether FSDP adds the ranks' gradients up (else it averages them).
         replicated: parameters FSDP does not manage; this engine reduces their gradients.
     """
 
@@ -46,7 +45,6 @@ class FSDP2Engine:
         group: dist.ProcessGroup,
         clip_grad: float,
         per_token_loss: bool = False,
-        sums_gradients: bool = True,
         replicated: Sequence[nn.Parameter] = (),
     ) -> None:
         self.module = module
@@ -55,7 +53,6 @@ class FSDP2Engine:
         self.world_size = dist.get_world_size(group)
         self.clip_grad = clip_grad
         self.per_token_loss = per_token_loss
-        self.sums_gradients = sums_gradients
         self.replicated = [p for p in replicated if p.requires_grad]
         self.parameters = [p for _, p in module.named_parameters() if p.requires_grad]
         self.fsdp_roots = _outermost(module)
@@ -112,17 +109,17 @@ class FSDP2Engine:
                 "loss_func returned a loss without a gradient: it depends on no trainable parameter. "
                 "Return the model's output as it is, not detached, and not computed under torch.no_grad()."
             )
-        over_ranks = self.world_size if self.sums_gradients else 1
+        parts = num_microbatches * self.world_size  # FSDP sums over the ranks
         if result.num_tokens is None:
             if self.per_token_loss:
                 raise UserError(
                     "--calculate-per-token-loss: loss_func returned a mean. It must return "
                     "'(loss_sum, num_tokens, report)', which is divided by the tokens of the global batch."
                 )
-            return result.loss / (num_microbatches * over_ranks)
+            return result.loss / parts
         if self.per_token_loss:
             return result.loss  # divided by the global number of tokens once that is known
-        return result.loss / (result.num_tokens.clamp(min=1) * num_microbatches * over_ranks)
+        return result.loss / (result.num_tokens.clamp(min=1) * parts)
 
     def _reduce_after_this(self, last: bool) -> None:
         for root in self.fsdp_roots:
@@ -130,7 +127,7 @@ class FSDP2Engine:
             root.set_is_last_backward(last)
 
     def _reduce_replicated(self) -> None:
-        """Sum or average the gradients FSDP does not manage, as it does for its own.
+        """Sum the gradients FSDP does not manage, as it does its own.
 
         A parameter that took no part on any rank keeps no gradient; one that took part on some gets zeros on
         the others, so that all ranks make the same update.
@@ -145,15 +142,12 @@ class FSDP2Engine:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad, group=self.group)
-            if not self.sums_gradients:
-                parameter.grad /= self.world_size
 
     def _divide_by_tokens(self, counts: list[Tensor]) -> None:
         total = torch.stack(counts).sum()
         dist.all_reduce(total, group=self.group)
         total = total.to(torch.promote_types(self.parameters[0].dtype, torch.float32))
-        over_ranks = 1 if self.sums_gradients else self.world_size
-        scale_gradients(self.parameters, over_ranks / total.clamp(min=1))
+        scale_gradients(self.parameters, 1 / total.clamp(min=1))
 
 
 def _outermost(module: nn.Module) -> list[FSDPModule]:

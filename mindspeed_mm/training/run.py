@@ -164,7 +164,6 @@ def _build_engine(args: Namespace, model: nn.Module, plan: ShardPlan) -> FSDP2En
         group=state.data_parallel_group(),
         clip_grad=args.clip_grad,
         per_token_loss=args.calculate_per_token_loss,
-        sums_gradients=plan.reduction == "sum",
         replicated=[parameter for _, parameter in plan.ignored],
     )
 

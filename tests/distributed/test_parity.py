@@ -126,7 +126,6 @@ def sharded(case: Case, folder: str) -> dict[str, Any]:
         optimizer,
         group=state.data_parallel_group(),
         clip_grad=case.clip,
-        sums_gradients=plan.reduction == "sum",
         replicated=[p for _, p in plan.ignored],
     )
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from mindspeed_mm.configs.fsdp2 import Fsdp2Config
@@ -82,12 +81,10 @@ def full(tensor: torch.Tensor | None) -> torch.Tensor | None:
 def assert_same_gradients(model: nn.Module, reference: nn.Module) -> None:
     """Both models see the batches of all ranks, ``model`` one on each rank; gradients must agree to the bit."""
     world = dist.get_world_size()
-    # Sum where torch can be told to, which then needs the loss divided; else the mean.
-    share = world if hasattr(FSDPModule, "set_force_sum_reduction_for_comms") else 1
     todo = batches(world)
     for batch in todo:
         (loss_of(reference, batch) / world).backward()
-    (loss_of(model, todo[dist.get_rank()]) / share).backward()
+    (loss_of(model, todo[dist.get_rank()]) / world).backward()
     expected = {name: param.grad for name, param in reference.named_parameters()}
     for name, param in model.named_parameters():
         assert (param.grad is None) == (expected[name] is None), name

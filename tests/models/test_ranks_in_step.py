@@ -101,8 +101,7 @@ def adapter_on_ranks(config: dict[str, Any], yaml: str) -> tuple[list[tuple[str,
     ModelHub.MODEL_MAPPINGS["adapter"] = Adapter
     model = TransformersModel(config | {"model_id": "adapter"})
     plan = prepare_model(model, dist.group.WORLD, yaml)
-    scale = dist.get_world_size() if plan.reduction == "sum" else 1
-    (model(**batch("internvl", 0, dist.get_rank()))["loss"] / scale).backward()
+    (model(**batch("internvl", 0, dist.get_rank()))["loss"] / dist.get_world_size()).backward()
     grads = {name: p.grad.full_tensor().clone() for name, p in model.named_parameters()}
     return [(row.pattern, row.modules) for row in plan.rows], grads
 
