@@ -58,7 +58,8 @@ def export_hf(
         return {k: v if k in buffers or not v.is_floating_point() else v.to(dtype) for k, v in full.items()}
 
     bare = skeleton(type(hf_model), hf_model.config)
-    bare.generation_config = hf_model.generation_config
+    if getattr(hf_model, "generation_config", None) is not None:  # models that generate nothing have none
+        bare.generation_config = hf_model.generation_config
     return write_hf_folder(bare, tensors, gather, Path(folder).resolve(), assets_from, max_shard_bytes)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -32,9 +33,11 @@ class MultiModalDataLoader(StatefulDataLoader):
         collate_fn: Callable[[list[Any]], Any],
         **options: Any,
     ) -> None:
-        super().__init__(
-            _Guarded(dataset), batch_sampler=batch_sampler, collate_fn=_GuardedCollate(collate_fn), **options
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata's own call of torch
+            super().__init__(
+                _Guarded(dataset), batch_sampler=batch_sampler, collate_fn=_GuardedCollate(collate_fn), **options
+            )
 
     def __iter__(self) -> Iterator[Any]:
         """Start an epoch; workers start fetching at once."""

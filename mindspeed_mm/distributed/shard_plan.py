@@ -76,9 +76,12 @@ def describe(module: nn.Module, *, shard_device: torch.device, mesh: str, notes:
             ignored.append(name)
         else:
             sizes[unit] += param.numel()
+    inner = [path for path in units if path not in roots]
+    # Written as the yaml writes them: from the model that was sharded, which may be a part of this one.
+    prefix = f"{roots[0]}." if len(roots) == 1 and roots[0] else ""
     rows = [
-        Row(pattern, len(paths), sum(sizes[path] for path in paths))
-        for pattern, paths in summarise(path for path in units if path not in roots).items()
+        Row(pattern, len(paths), sum(sizes[prefix + path] for path in paths))
+        for pattern, paths in summarise(path.removeprefix(prefix) for path in inner).items()
     ]
     return ShardPlan(
         module=module,

@@ -41,9 +41,14 @@ class Schedule(OptimizerParamScheduler):
             super().load_state_dict(state_dict)
         except AssertionError as error:
             raise UserError(
-                f"The schedule differs from the checkpoint's ({error}). Pass --override-opt_param-scheduler to go on "
-                "with the command line's values or --use-checkpoint-opt_param-scheduler for the saved ones."
+                f"The schedule, in samples, differs from the checkpoint's: {_spaced(error)}. Pass "
+                "--override-opt_param-scheduler to go on with the command line's values or "
+                "--use-checkpoint-opt_param-scheduler for the saved ones."
             ) from error
+
+
+def _spaced(error: AssertionError) -> str:
+    return str(error).removeprefix("OptimizerParamScheduler: ").replace("checkpointvalue", "checkpoint value")
 
 
 def build_schedule(

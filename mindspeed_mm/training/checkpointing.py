@@ -16,6 +16,7 @@ from mindspeed_mm.checkpoint.hf_export import export_hf
 from mindspeed_mm.checkpoint.hf_import import load_hf_weights
 from mindspeed_mm.checkpoint.publish import TRACKER
 from mindspeed_mm.distributed.state import print_rank_0, warn_rank_0
+from mindspeed_mm.models.transformers_model import TransformersModel
 from mindspeed_mm.optimizer.schedule import Schedule
 
 
@@ -131,9 +132,13 @@ class Checkpointer:
 
     def export_hf(self, folder: str) -> None:
         """Write the trained model as a Hugging Face folder. A collective."""
-        hf_model = getattr(self.model, "model", self.model)
-        export_hf(hf_model, folder, assets_from=getattr(self.model, "hf_path", None))
+        export_hf(hf_model(self.model), folder, assets_from=getattr(self.model, "hf_path", None))
         print_rank_0(f" exported a Hugging Face folder to {folder}")
+
+
+def hf_model(model: nn.Module) -> Any:
+    """Return the Hugging Face model inside ours, or ``model`` itself, which may be one."""
+    return model.model if isinstance(model, TransformersModel) else model
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

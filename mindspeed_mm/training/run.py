@@ -28,7 +28,7 @@ from mindspeed_mm.optimizer import build_optimizer, build_param_groups, build_sc
 from mindspeed_mm.tools.mem_profiler import memory_profiler
 from mindspeed_mm.tools.profiler import Profiler
 from mindspeed_mm.training.callbacks import Iterators, call_dataset_provider, call_model_provider
-from mindspeed_mm.training.checkpointing import Checkpointer
+from mindspeed_mm.training.checkpointing import Checkpointer, hf_model
 from mindspeed_mm.training.exits import ExitWatch
 from mindspeed_mm.training.failures import StoreSlot
 from mindspeed_mm.training.loop import Cadence, Progress, Trainer
@@ -97,6 +97,9 @@ def _prepare_args(provider: Callable[..., Any] | None, defaults: dict[str, Any])
         raise UserError("--use-torch-fsdp2 is missing: this version trains under FSDP2; add the flag.")
     validate_args(args, state.RankInfo.from_environment().world_size)
     notes = merge_mm_args(args) + report_inert_flags(args, "fsdp2")
+    # model.json may choose the loss as well; from here on there is one place to ask.
+    model_loss = args.mm.model.get("loss_cfg", {}) if args.mm_model else {}
+    args.calculate_per_token_loss |= model_loss.get("loss_type") == "per_token_loss"
     args.params_dtype = _DTYPES[args.params_dtype_name]
     set_args(args)
     return args, notes
@@ -122,7 +125,7 @@ def _build_model(args: Namespace, provider: Callable[..., Any]) -> tuple[nn.Modu
     plan = prepare_model(model, state.data_parallel_group(), args.fsdp2_config_path, param_dtype=param_dtype)
     for line in plan.lines():
         state.print_rank_0(line)
-    if args.export_hf and not hasattr(getattr(model, "model", model), "save_pretrained"):
+    if args.export_hf and not hasattr(hf_model(model), "save_pretrained"):
         raise UserError(
             f"--export-hf {args.export_hf}: {type(model).__name__} is no Hugging Face model; remove the flag. "
             "Its weights are in the checkpoints of --save."

@@ -19,7 +19,13 @@ CHECKPOINT = Group(
         Flag("--no-load-rng", SWITCH, False, "do not restore random states"),
         Flag("--finetune", SWITCH, False, "load only the weights and start at step 0", needs="--load"),
         Flag("--load-strict", BOOLEAN, True, "missing or unexpected weights are an error"),
-        Flag("--auto-resume", SWITCH, False, "start anew when --load holds no checkpoint yet", needs="--load"),
+        Flag(
+            "--auto-resume",
+            SWITCH,
+            False,
+            "go on from the newest checkpoint in --save; when there is none yet, start as without this flag",
+            needs="--save",
+        ),
         Flag("--exit-on-missing-checkpoint", SWITCH, False, "stop if --load is empty", fsdp2=_ALWAYS, megatron=_ALWAYS),
         Flag("--export-hf", PATH, None, "write a Hugging Face folder at the end of training"),
         Flag(

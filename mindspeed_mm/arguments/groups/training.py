@@ -36,7 +36,12 @@ TRAINING = Group(
             "bitwise repeatable runs: deterministic kernels and collectives",
             aliases=("--npu-deterministic",),
         ),
-        Flag("--bf16", SWITCH, False, "keep the parameters in bfloat16; with FSDP2 prefer param_dtype in its yaml"),
+        Flag(
+            "--bf16",
+            SWITCH,
+            False,
+            "compute in bfloat16; with FSDP2 on fp32 parameters, and only where its yaml names no param_dtype",
+        ),
         Flag(
             "--fp16",
             SWITCH,
