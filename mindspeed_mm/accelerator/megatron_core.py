@@ -17,9 +17,10 @@ def load_megatron_core() -> None:
     """Import ``megatron.core``; call this before the first ``from megatron.core import ...``."""
     if "megatron.core" in sys.modules:
         return
-    with warnings.catch_warnings(), _without_compile():
-        # megatron-core tells four times that it falls back to torch, which is what we want without its extras.
-        warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    # It tells several times, 0.12 in modules imported later, that it falls back to torch, which is what we want
+    # without its extras.
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    with _without_compile():
         import megatron.core  # noqa: F401, RUF100
 
 

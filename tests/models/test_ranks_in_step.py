@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from mindspeed_mm.distributed.fsdp2 import prepare_model
+from mindspeed_mm.distributed.reduction import sum_gradients
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.common.modelzoo import ModelHub
 from mindspeed_mm.models.transformers.base_model import FSDP2Mixin, WeightInitMixin
@@ -36,6 +37,7 @@ def sharded(config: dict[str, Any], more_units: Sequence[str] = ()) -> Transform
         if type(module).__name__ in model.model._no_split_modules or name in more_units:
             fully_shard(module)
     fully_shard(model.model)
+    sum_gradients(model)
     return model
 
 
@@ -43,7 +45,7 @@ def gradients_on_ranks(family: str, config: dict[str, Any], more_units: Sequence
     """Gradients of every step; runs on each rank."""
     model, collected = sharded(config, more_units), []
     for step in range(len(STEPS)):
-        model(**batch(family, step, dist.get_rank()))["loss"].backward()
+        (model(**batch(family, step, dist.get_rank()))["loss"] / dist.get_world_size()).backward()
         grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         collected.append({n: g.full_tensor().clone() if isinstance(g, DTensor) else g for n, g in grads.items()})
         model.zero_grad()
