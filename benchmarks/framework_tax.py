@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,21 @@ def ours(preset: dict[str, Any], batches: Iterator[dict[str, Any]], steps: int) 
         pretrain(lambda: (batches, None, None), lambda: build(preset), None, forward_step)
 
 
+def start(function: Callable[..., None], *args: Any) -> threading.Thread:
+    """Run a contestant in a thread; if it fails the others would wait for their turn for ever."""
+
+    def run() -> None:
+        try:
+            function(*args)
+        except BaseException:  # noqa: BLE001 - shown, then the process ends
+            traceback.print_exc()
+            os._exit(1)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread
+
+
 def main() -> None:
     """Run the three and print their medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -197,14 +213,13 @@ def main() -> None:
     batch = {"input_ids": ids, "labels": ids.clone()}
     names = ["bare loop", "ours", "HF Trainer"]
     turns = Turns(names, steps, accelerator.synchronize)
+    # Imported before there are threads: transformers resolves names when they are first asked for.
+    from transformers import Qwen3ForCausalLM, Trainer, TrainingArguments  # noqa: F401
+
     rivals = [
-        threading.Thread(target=bare_loop, args=(preset, device, turns.batches("bare loop", batch)), daemon=True),
-        threading.Thread(
-            target=hf_trainer, args=(preset, device, turns.batches("HF Trainer", batch, spare=2), steps), daemon=True
-        ),
+        start(bare_loop, preset, device, turns.batches("bare loop", batch)),
+        start(hf_trainer, preset, device, turns.batches("HF Trainer", batch, spare=2), steps),
     ]
-    for rival in rivals:
-        rival.start()
     ours(preset, turns.batches("ours", batch, spare=1), steps)  # in the main thread: it handles signals
     for rival in rivals:
         rival.join()
