@@ -128,8 +128,7 @@ def check_class(index: int, path: str) -> list[str]:
 def test_override(ranks2: RankPool, tmp_path: Path, index: int) -> None:
     path = tmp_path / "fsdp2_config.yaml"
     path.write_text(YAML)
-    prefix = "model." if CLASSES[index] is Outer else ""
-    assert ranks2.run(check_class, index, str(path))[0] == [f"{prefix}tower.{{0-1}}", f"{prefix}layers.{{0-2}}"]
+    assert ranks2.run(check_class, index, str(path))[0] == ["tower.{0-1}", "layers.{0-2}"]
 
 
 def check_direct_call_with_meta(path: str) -> None:
