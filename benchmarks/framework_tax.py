@@ -34,7 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "head_dim": 64,
             "vocab_size": 4096,
         },
-        "batch": (4, 256),
+        "batch": (8, 512),
         "bf16": False,
     },
     "0.6b": {
