@@ -1,8 +1,8 @@
 """What the framework costs: our step time, and HF Trainer's, over that of a bare PyTorch loop.
 
-The three train the same model on the same batch with the same optimizer, clipping and log interval, in one process.
-A baton passes between them at every request for a batch, so that they take turns step by step and whatever else the
-machine does falls on all of them alike. The medians of their step times are compared.
+The three train the same model on the same batch with the same optimizer, clipping and log interval, each in a process
+of its own. A baton passes between them at every request for a batch, so that they take turns step by step and whatever
+else the machine does falls on all of them alike. The medians of their step times are compared.
 
     python benchmarks/framework_tax.py                  # on a CPU: 2 threads, fp32, a few million parameters
     python benchmarks/framework_tax.py --preset 0.6b    # on an accelerator: bf16, 0.6 B parameters
@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
+import queue
 import statistics
 import sys
 import tempfile
-import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -56,32 +57,32 @@ WARM_UP, LOG_EVERY = 5, 10
 
 
 class Turns:
-    """Lets the contestants run one step each, in turn, and times the steps."""
+    """Lets this contestant run one step whenever it has the baton, and times its steps.
 
-    def __init__(self, names: list[str], steps: int, synchronize: Callable[[], None]) -> None:
-        self.seconds: dict[str, list[float]] = {name: [] for name in names}
-        self._names, self._steps, self._synchronize = names, steps, synchronize
-        self._turn, self._changed = 0, threading.Condition()
+    Args:
+        baton: is released when it is this contestant's turn.
+        pass_on: is released to give the turn to the next one.
+        steps: number of timed steps.
+    """
 
-    def batches(self, name: str, batch: dict[str, Any], spare: int = 0) -> Iterator[dict[str, Any]]:
-        """Yield the batch once for each step; the time between two requests is a step.
+    def __init__(self, baton: Any, pass_on: Any, steps: int) -> None:
+        self.seconds: list[float] = []
+        self._baton, self._pass_on, self._steps = baton, pass_on, steps
 
-        ``spare`` batches come after the last timed one, for a loop that fetches ahead.
-        """
-        place = self._names.index(name)
-        for step in range(self._steps + spare):
-            if step < self._steps:
-                with self._changed:
-                    self._changed.wait_for(lambda: self._turn % len(self._names) == place)
-                self._synchronize()
-                start = time.perf_counter()
+    def batches(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield the batch for ever; the time between two requests is a step."""
+        from mindspeed_mm import accelerator
+
+        for _ in range(self._steps):
+            self._baton.acquire()
+            accelerator.synchronize()
+            start = time.perf_counter()
             yield dict(batch)
-            if step < self._steps:
-                self._synchronize()
-                self.seconds[name].append(time.perf_counter() - start)
-                with self._changed:
-                    self._turn += 1
-                    self._changed.notify_all()
+            accelerator.synchronize()
+            self.seconds.append(time.perf_counter() - start)
+            self._pass_on.release()
+        while True:  # for a loop that fetches ahead
+            yield dict(batch)
 
 
 def build(preset: dict[str, Any]) -> Any:
@@ -94,12 +95,15 @@ def build(preset: dict[str, Any]) -> Any:
     return Qwen3ForCausalLM(config)
 
 
-def bare_loop(preset: dict[str, Any], device: Any, batches: Iterator[dict[str, Any]]) -> None:
+def bare_loop(preset: dict[str, Any], batches: Iterator[dict[str, Any]], steps: int) -> None:
     import torch
 
+    from mindspeed_mm import accelerator
+
+    device = accelerator.device()
     model = build(preset).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True, **OPTIMIZER)
-    for step, batch in enumerate(batches):
+    for step, batch in enumerate(islice(batches, steps + 1)):
         batch = {key: value.to(device) for key, value in batch.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=preset["bf16"]):
             loss = model(**batch).loss
@@ -111,7 +115,7 @@ def bare_loop(preset: dict[str, Any], device: Any, batches: Iterator[dict[str, A
             print(f"bare loop: step {step} loss {loss.item():.6f}", flush=True)
 
 
-def hf_trainer(preset: dict[str, Any], device: Any, batches: Iterator[dict[str, Any]], steps: int) -> None:
+def hf_trainer(preset: dict[str, Any], batches: Iterator[dict[str, Any]], steps: int) -> None:
     from torch.utils.data import IterableDataset
     from transformers import Trainer, TrainingArguments
 
@@ -124,7 +128,7 @@ def hf_trainer(preset: dict[str, Any], device: Any, batches: Iterator[dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
-            max_steps=steps + 2,
+            max_steps=steps + 1,
             per_device_train_batch_size=preset["batch"][0],
             learning_rate=OPTIMIZER["lr"],
             weight_decay=OPTIMIZER["weight_decay"],
@@ -179,19 +183,17 @@ def ours(preset: dict[str, Any], batches: Iterator[dict[str, Any]], steps: int) 
         pretrain(lambda: (batches, None, None), lambda: build(preset), None, forward_step)
 
 
-def start(function: Callable[..., None], *args: Any) -> threading.Thread:
-    """Run a contestant in a thread; if it fails the others would wait for their turn for ever."""
+CONTESTANTS = {"bare loop": bare_loop, "ours": ours, "HF Trainer": hf_trainer}
 
-    def run() -> None:
-        try:
-            function(*args)
-        except BaseException:  # noqa: BLE001 - shown, then the process ends
-            traceback.print_exc()
-            os._exit(1)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    return thread
+def contest(name: str, preset: dict[str, Any], baton: Any, pass_on: Any, steps: int, results: Any) -> None:
+    """Run one contestant; each has a process of its own, so that they share nothing but the machine."""
+    import torch
+
+    ids = torch.randint(preset["config"]["vocab_size"], preset["batch"], generator=torch.Generator().manual_seed(0))
+    turns = Turns(baton, pass_on, steps)
+    CONTESTANTS[name](preset, turns.batches({"input_ids": ids, "labels": ids.clone()}), steps)
+    results.put((name, turns.seconds))
 
 
 def main() -> None:
@@ -203,29 +205,32 @@ def main() -> None:
     preset, steps = PRESETS[options.preset], options.steps + WARM_UP
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+    context = multiprocessing.get_context("spawn")
+    batons = [context.Semaphore(int(place == 0)) for place in range(len(CONTESTANTS))]
+    results = context.Queue()
+    processes = [
+        context.Process(target=contest, args=(name, preset, batons[i], batons[(i + 1) % len(batons)], steps, results))
+        for i, name in enumerate(CONTESTANTS)
+    ]
+    for process in processes:
+        process.start()
+    seconds: dict[str, list[float]] = {}
+    while len(seconds) < len(processes):
+        try:
+            name, seconds[name] = results.get(timeout=1)
+        except queue.Empty:
+            if any(process.exitcode for process in processes):  # the others would wait for their turn for ever
+                for process in processes:
+                    process.kill()
+                sys.exit("a contestant failed; its traceback is above")
+
     import torch
 
     from mindspeed_mm import accelerator
 
-    device = accelerator.device()
-    vocabulary = preset["config"]["vocab_size"]
-    ids = torch.randint(vocabulary, preset["batch"], generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": ids, "labels": ids.clone()}
-    names = ["bare loop", "ours", "HF Trainer"]
-    turns = Turns(names, steps, accelerator.synchronize)
-    # Imported before there are threads: transformers resolves names when they are first asked for.
-    from transformers import Qwen3ForCausalLM, Trainer, TrainingArguments  # noqa: F401
-
-    rivals = [
-        start(bare_loop, preset, device, turns.batches("bare loop", batch)),
-        start(hf_trainer, preset, device, turns.batches("HF Trainer", batch, spare=2), steps),
-    ]
-    ours(preset, turns.batches("ours", batch, spare=1), steps)  # in the main thread: it handles signals
-    for rival in rivals:
-        rival.join()
-
-    medians = {name: statistics.median(turns.seconds[name][WARM_UP:]) for name in names}
-    print(f"\n{options.steps} steps each, {options.preset} model on {device.type}, torch {torch.__version__}")
+    medians = {name: statistics.median(seconds[name][WARM_UP:]) for name in CONTESTANTS}
+    where = f"{accelerator.device_type()}, torch {torch.__version__}"
+    print(f"\n{options.steps} steps each, {options.preset} model on {where}")
     for name, median in medians.items():
         print(f"{name:>12}: {median * 1000:8.1f} ms  {median / medians['bare loop']:.3f} x the bare loop")
 

@@ -21,7 +21,7 @@ from tests.data.tiny import save_digits, save_tiny_processor, write_jsonl
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "pretrain_transformers.py"
 SCRIPTS = Path(__file__).parent / "scripts"
-_LAUNCHER_LINE = re.compile(r"^[EWI]\d{4} \S+ \d+ (site-packages/)?torch/distributed/", re.MULTILINE)
+_LAUNCHER_LINE = re.compile(r"^[EWI]\d{4} \S+ \d+ \S*torch/distributed/", re.MULTILINE)
 _ERROR_LINE = re.compile(r"^error( \(rank \d+\))?:", re.MULTILINE)
 
 
