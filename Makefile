@@ -46,8 +46,8 @@ lint: $(VENV)/.installed-test
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m pytest tests/test_architecture.py
 
-# Byte-compiling torch and transformers takes longer than fetching them; the few modules in use compile on import.
-INSTALL = -m pip install --quiet --disable-pip-version-check --no-compile
+# Byte-compiled at once: where PYTHONDONTWRITEBYTECODE is set, every rank of every run would compile anew.
+INSTALL = -m pip install --quiet --disable-pip-version-check
 
 $(VENV)/.installed-quickstart: EXTRAS = quickstart
 $(VENV)/.installed-test: EXTRAS = test,quickstart,report,tensorboard,lora
