@@ -159,8 +159,12 @@ class Sharding:
     def recompute(self) -> None:
         """Recompute the activations of ``recompute_modules``."""
         modules = self._runnable("recompute_modules")
+        if self.config.recompute_keep and not modules:
+            raise UserError(
+                "fsdp2 config, recompute_keep: nothing is recomputed; list recompute_modules, or remove it."
+            )
         for module in modules.values():
-            recompute(module)
+            recompute(module, self.config.recompute_keep)
         if modules and self.config.use_reentrant and "use_reentrant" in self.config.model_fields_set:
             self.notes.append(
                 "use_reentrant: true runs as false: same gradients, and none are lost where no input needs a gradient"

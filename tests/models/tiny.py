@@ -180,7 +180,11 @@ def tiny_batch(
     for row, pictures, films in zip(input_ids, images, videos, strict=True):
         for i in range(pictures + films):
             row[1 + 5 * i : 5 + 5 * i] = IMAGE_TOKEN if i < pictures else VIDEO_TOKEN
-    ignored = (input_ids == IMAGE_TOKEN) | (input_ids == VIDEO_TOKEN) | (torch.rand(input_ids.shape, generator=generator) < 0.25)
+    ignored = (
+        (input_ids == IMAGE_TOKEN)
+        | (input_ids == VIDEO_TOKEN)
+        | (torch.rand(input_ids.shape, generator=generator) < 0.25)
+    )
     batch = {
         "input_ids": input_ids,
         "attention_mask": torch.ones_like(input_ids),
