@@ -29,7 +29,7 @@ from mindspeed_mm.models.transformers.attention import attention_implementation
 from mindspeed_mm.models.transformers.base_model import FSDP2Mixin
 from mindspeed_mm.models.transformers.blank_image import BlankImage
 from mindspeed_mm.models.transformers.families import family_of, has_vision
-from mindspeed_mm.models.transformers.freeze import freeze_components, frozen_line
+from mindspeed_mm.models.transformers.freeze import freeze_components
 from mindspeed_mm.models.transformers.weight_layout import share_weight_layout
 
 _COMPUTE_MODES = ("default", "chunk")
@@ -83,8 +83,6 @@ class TransformersModel(MultiModalModule):
             self.model.freeze(config)
         else:
             freeze_components(self.model, family, config)
-        if line := frozen_line(self.model):
-            print_rank_0(line)
         self._blank_image = BlankImage(self.model, family, self.transformer_config) if family.dummy_image else None
         if has_vision(self.transformer_config) and self._blank_image is None and _is_one_of_several_ranks():
             warn_rank_0(

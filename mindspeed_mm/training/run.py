@@ -19,11 +19,13 @@ from mindspeed_mm.arguments import parse_args, report_inert_flags, set_args, val
 from mindspeed_mm.configs.config import merge_mm_args
 from mindspeed_mm.data.iterators import CyclicIterator
 from mindspeed_mm.distributed import state
+from mindspeed_mm.distributed.frozen import freeze
 from mindspeed_mm.distributed.fsdp2 import ShardPlan, prepare_model
 from mindspeed_mm.distributed.meta import materialize, meta_init, module_init
 from mindspeed_mm.engine.fsdp2 import FSDP2Engine
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.plugins import load_plugin
+from mindspeed_mm.models.transformers.freeze import frozen_line
 from mindspeed_mm.optimizer import build_optimizer, build_param_groups, build_schedule, param_group_table
 from mindspeed_mm.tools.mem_profiler import memory_profiler
 from mindspeed_mm.tools.profiler import Profiler
@@ -121,6 +123,10 @@ def _join_job(args: Namespace, store_slot: StoreSlot, notes: list[str]) -> None:
 def _build_model(args: Namespace, provider: Callable[..., Any]) -> tuple[nn.Module, ShardPlan]:
     with meta_init() if args.init_model_with_meta_device else nullcontext():
         model = call_model_provider(provider)
+    if args.mm_model:
+        freeze(hf_model(model), args.mm.model.get("freeze", []))
+    if line := frozen_line(hf_model(model)):
+        state.print_rank_0(line)
     param_dtype = None if args.params_dtype_name == "fp32" else args.params_dtype_name
     plan = prepare_model(model, state.data_parallel_group(), args.fsdp2_config_path, param_dtype=param_dtype)
     for line in plan.lines():
