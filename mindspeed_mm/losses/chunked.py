@@ -71,7 +71,7 @@ def head_returns_loss_sums(
             return project(hidden)  # the caller sees that there are no sums
         flat, flat_targets = hidden.flatten(0, 1), targets.flatten()
         if fused is not None:
-            result.sums = fused(head, flat, flat_targets).view(1)
+            result.sums = torch.stack([fused(head, flat, flat_targets)])  # FSDP wants no view
             return result.sums
         chunks = zip(flat.split(chunk_size), flat_targets.split(chunk_size), strict=True)
         losses = [checkpoint(losses_of_chunk, h, t, use_reentrant=False) for h, t in chunks]
