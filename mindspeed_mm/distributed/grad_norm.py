@@ -18,10 +18,20 @@ def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
 
 
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: float | Tensor) -> None:
-    """Multiply every gradient in place. A tensor factor is applied without a host synchronisation."""
+    """Multiply every gradient in place. A tensor factor is applied without a host synchronisation.
+
+    16-bit gradients are multiplied in the factor's precision: a factor rounded to 8 bits would be wrong by up to
+    0.4 % for all of them alike.
+    """
     gradients = local_gradients(parameters)
-    for same_kind in _by_dtype(gradients).values():
-        torch._foreach_mul_(same_kind, factor if isinstance(factor, float) else factor.to(same_kind[0].dtype))
+    for dtype, same_kind in _by_dtype(gradients).items():
+        if isinstance(factor, float):
+            torch._foreach_mul_(same_kind, factor)
+        elif dtype.itemsize < 4:
+            for gradient in same_kind:
+                gradient.copy_(gradient.to(factor.dtype) * factor)
+        else:
+            torch._foreach_mul_(same_kind, factor.to(dtype))
 
 
 def total_grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
