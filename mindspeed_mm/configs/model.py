@@ -37,8 +37,10 @@ class LossConfig(Config):
     # default: mean over the tokens of a micro batch; per_sample_loss: mean over the tokens of a sample, then over
     # samples; per_token_loss: mean over the tokens of the global batch.
     loss_type: LossType = "default"  # --calculate-per-token-loss and --calculate-per-sample-loss set it
-    compute_mode: Literal["default", "chunk"] = "default"  # chunk: logits exist for chunk_size tokens at a time
-    chunk_size: Positive = 1024  # tokens
+    # default: logits of the whole micro batch; chunk: of chunk_size tokens at a time; auto: chunk where those of the
+    # micro batch would take more than 2 GiB in fp32.
+    compute_mode: Literal["auto", "default", "chunk"] = "auto"
+    chunk_size: Positive = 1024  # tokens of the micro batch
     router_aux_loss_coef: float = Field(default=0.0, ge=0.0)  # weight of the experts' load-balancing loss
 
 

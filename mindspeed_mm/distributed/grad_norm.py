@@ -20,13 +20,21 @@ def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: float | Tensor) -> None:
     """Multiply every gradient in place. A tensor factor is applied without a host synchronisation.
 
-    Only gradients that live on the host under ``offload_to_cpu`` have to wait for a factor from the device.
+    16-bit gradients are multiplied in the factor's precision: a factor rounded to 8 bits would be wrong by up to
+    0.4 % for all of them alike. Only gradients that ``offload_to_cpu`` keeps on the host wait for a factor from the
+    device.
     """
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for gradient in local_gradients(parameters):
         groups[gradient.device, gradient.dtype].append(gradient)
     for (device, dtype), same_kind in groups.items():
-        torch._foreach_mul_(same_kind, factor if isinstance(factor, float) else factor.to(device, dtype))
+        if isinstance(factor, float):
+            torch._foreach_mul_(same_kind, factor)
+        elif dtype.itemsize < 4:
+            for gradient in same_kind:
+                gradient.copy_(gradient.to(factor.dtype) * factor.to(device))
+        else:
+            torch._foreach_mul_(same_kind, factor.to(device, dtype))
 
 
 def total_grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

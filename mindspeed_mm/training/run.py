@@ -123,8 +123,8 @@ def _join_job(args: Namespace, store_slot: StoreSlot, notes: list[str]) -> None:
 def _build_model(args: Namespace, provider: Callable[..., Any]) -> tuple[nn.Module, ShardPlan]:
     with meta_init() if args.init_model_with_meta_device else nullcontext():
         model = call_model_provider(provider)
-    if args.mm_model:
-        freeze(hf_model(model), args.mm.model.get("freeze", []))
+        if args.mm_model:
+            freeze(hf_model(model), args.mm.model.get("freeze", []))
     if line := frozen_line(hf_model(model)):
         state.print_rank_0(line)
     param_dtype = None if args.params_dtype_name == "fp32" else args.params_dtype_name
