@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +42,21 @@ class Case:
     frozen: bool
     policy: str  # how FSDP2 holds the tower
     seed: int = 0
+    only: tuple[tuple[tuple[int, int], tuple[int, int]], ...] = ()
 
     @property
     def steps(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-        """What the sample of each of two ranks holds, step by step."""
+        """What each of the two samples of a step holds, one for each rank if there are two."""
+        if self.only:
+            return list(self.only)
         kinds = [TEXT, IMAGE, TWO_IMAGES] + [VIDEO, BOTH] * (self.family != "internvl")
         draw = random.Random(self.seed)
         always = [(IMAGE, TEXT), (TEXT, TEXT), (TEXT, kinds[-1])]
         return always + [(draw.choice(kinds), draw.choice(kinds)) for _ in range(5)]
 
-    def batch(self, step: int, rank: int) -> dict[str, Tensor]:
-        images, videos = self.steps[step][rank]
-        return tiny_batch(self.family, images=[images], videos=[videos], seed=2 * step + rank)
+    def batch(self, step: int, index: int) -> dict[str, Tensor]:
+        images, videos = self.steps[step][index]
+        return tiny_batch(self.family, images=[images], videos=[videos], seed=2 * step + index)
 
     @property
     def yaml(self) -> dict[str, Any]:
@@ -78,7 +81,7 @@ def in_one_process(case: Case) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(trained.values(), **ADAM)
     losses, norms = [], []
     for step in range(len(case.steps)):
-        loss = sum(model(**case.batch(step, rank), use_cache=False).loss / 2 for rank in range(2))
+        loss = sum(model(**case.batch(step, index), use_cache=False).loss / 2 for index in range(2))
         loss.backward()
         for parameter in trained.values():
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -86,7 +89,16 @@ def in_one_process(case: Case) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return {"losses": losses, "norms": norms, "parameters": {n: p.detach() for n, p in model.named_parameters()}}
+    return collect(model, optimizer, losses, norms)
+
+
+def collect(model: nn.Module, optimizer: Any, losses: list[float], norms: list[float]) -> dict[str, Any]:
+    def full(tensor: Tensor) -> Tensor:
+        return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+    named = dict(model.named_parameters())
+    state = {f"{n}.{k}": full(v) for n, p in named.items() for k, v in optimizer.state.get(p, {}).items()}
+    return {"losses": losses, "norms": norms, "parameters": {n: full(p) for n, p in named.items()}, "state": state}
 
 
 def on_ranks(case: Case, folder: str) -> dict[str, Any]:
@@ -103,13 +115,13 @@ def on_ranks(case: Case, folder: str) -> dict[str, Any]:
 
     losses, norms = [], []
     for step in range(len(case.steps)):
-        reports = engine.forward_backward(forward_step, iter([case.batch(step, dist.get_rank())]), 1)
+        mine = [case.batch(step, index) for index in range(dist.get_rank(), 2, dist.get_world_size())]
+        reports = engine.forward_backward(forward_step, iter(mine), len(mine))
         norms.append(float(engine.optimizer_step().grad_norm))
-        loss = reports[0]["loss"].clone()
+        loss = torch.stack([report["loss"] for report in reports]).sum()
         dist.all_reduce(loss)
         losses.append(float(loss) / 2)
-    full = {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for n, p in model.model.named_parameters()}
-    return {"losses": losses, "norms": norms, "parameters": full, "plan": "\n".join(plan.lines())}
+    return collect(model.model, optimizer, losses, norms) | {"plan": "\n".join(plan.lines())}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.family}-{'frozen' if c.frozen else 'trained'}-{c.policy}")
@@ -122,3 +134,25 @@ def test_pain_17_batches_of_different_kinds_keep_ranks_in_step(ranks2: RankPool,
         difference = torch.cat([(found["parameters"][n] - p).flatten() for n, p in expected["parameters"].items()])
         assert difference.norm() <= 1e-6 * torch.cat([p.flatten() for p in expected["parameters"].values()]).norm()
         assert not case.frozen or f": {case.policy}" in found["plan"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_step_without_images_has_zero_gradients_for_the_tower(
+    request: pytest.FixtureRequest, tmp_path: Path, world_size: int
+) -> None:
+    """AdamW's moments decay, its step counts and weights decay, for any number of ranks, as if fed zeros."""
+    pool: RankPool = request.getfixturevalue(f"ranks{world_size}")
+    case = Case("qwen3_vl", False, "per layer", only=((IMAGE, TEXT), (TEXT, TEXT), (TEXT, TEXT)))
+    save_tiny(case.family, tmp_path)
+    after_first, after_all = in_one_process(replace(case, only=case.only[:1])), in_one_process(case)
+    tower = [n for n in after_all["state"] if n.startswith("model.visual.")]
+    for name in (n for n in tower if n.endswith("exp_avg")):
+        torch.testing.assert_close(after_all["state"][name], after_first["state"][name] * 0.9**2)
+        assert after_all["state"][f"{name.removesuffix('exp_avg')}step"] == 3
+    for found in pool.run(on_ranks, case, str(tmp_path), timeout=SECONDS):
+        assert found["state"].keys() == after_all["state"].keys()
+        for name in tower:
+            scale = float(after_all["state"][name].abs().max())
+            torch.testing.assert_close(found["state"][name], after_all["state"][name], rtol=1e-6, atol=1e-6 * scale)
+        for name in (n for n in after_all["parameters"] if n.startswith("model.visual.")):
+            torch.testing.assert_close(found["parameters"][name], after_all["parameters"][name], rtol=1e-6, atol=1e-7)
