@@ -18,6 +18,8 @@ from mindspeed_mm.checkpoint.tensors import adapted_layers, listing, named_tenso
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.extras import import_extra
 
+_FACTORS = (".lora_A.weight", ".lora_B.weight")
+
 
 def lora_merge(
     hf_dir: str | Path,
@@ -47,6 +49,8 @@ def lora_merge(
     if not (adapter / ADAPTER_CONFIG).is_file() or not (adapter / ADAPTER_WEIGHTS).is_file():
         raise UserError(f"{adapter}: no adapters there: {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} are needed")
     saved = {key.removeprefix(ADAPTER_PREFIX): value for key, value in load_file(adapter / ADAPTER_WEIGHTS).items()}
+    if other := [name for name in saved if not name.endswith(_FACTORS)]:
+        raise UserError(f"{adapter} has more than plain LoRA, use peft's merge_and_unload:\n{listing(other)}")
 
     adapted = model_skeleton(hf_dir, trust_remote_code)
     try:
@@ -55,12 +59,21 @@ def lora_merge(
         )
     except ValueError as error:
         raise UserError(f"{adapter} does not fit the model in {hf_dir}: {error}") from error
-    expected = {name_on_disk(name) for (name, *_) in named_tensors(adapted, "adapters")}
-    if wrong := sorted(expected ^ saved.keys()):
-        raise UserError(f"{adapter} does not fit the model in {hf_dir}; only one of the two has\n{listing(wrong)}")
+    expected = {name_on_disk(name): tensor for (name, *_), tensor in named_tensors(adapted, "adapters").items()}
+    wrong = [
+        f"{name}: saved {_shape(saved.get(name))}, model {_shape(expected.get(name))}"
+        for name in sorted(expected.keys() | saved.keys())
+        if _shape(saved.get(name)) != _shape(expected.get(name))
+    ]
+    if wrong:
+        raise UserError(f"{adapter} does not fit the model in {hf_dir}; these differ\n{listing(wrong)}")
     layers = _by_weight(adapted)
 
     with open_model(hf_dir, trust_remote_code) as weights:
+        if lost := layers.keys() - weights.on_meta().keys():
+            raise UserError(
+                f"{adapter} adapts weights that are tied to others, which cannot be merged:\n{listing(lost)}"
+            )
 
         def gather(group: list[str]) -> dict[str, torch.Tensor]:
             tensors = {}
@@ -72,6 +85,10 @@ def lora_merge(
             return tensors
 
         return write_hf_folder(weights.bare, weights.on_meta(), gather, Path(save_dir).resolve(), hf_dir)
+
+
+def _shape(tensor: torch.Tensor | None) -> str:
+    return "none" if tensor is None else str(tuple(tensor.shape))
 
 
 def _by_weight(adapted: nn.Module) -> dict[str, list[tuple[str, Any]]]:
