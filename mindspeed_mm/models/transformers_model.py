@@ -34,6 +34,7 @@ class TransformersModel(MultiModalModule):
         model: the HF model, fp32; parameter names in checkpoints start with ``model.``.
         transformer_config: its HF config.
         hf_path: the HF folder.
+        pretrained_from: the HF folder if the weights come from it, now or later; None for random ones.
         weights_source: the HF folder whose weights have to be read in after sharding, because the parameters
             were built on the meta device; None when they are already there, or random on purpose.
     """
@@ -62,7 +63,8 @@ class TransformersModel(MultiModalModule):
             "attn_implementation": attention_implementation(config, self.transformer_config),
         }
         random_init = bool(lookup(config, "random_init", False))
-        self.weights_source = self.hf_path if is_meta_init() and not random_init else None
+        self.pretrained_from = None if random_init else self.hf_path
+        self.weights_source = self.pretrained_from if is_meta_init() else None
         if random_init or is_meta_init():
             self.model = model_cls._from_config(self.transformer_config, **options)
         else:

@@ -24,13 +24,16 @@ from mindspeed_mm.distributed.fsdp2 import ShardPlan, prepare_model
 from mindspeed_mm.distributed.meta import materialize, meta_init, module_init
 from mindspeed_mm.engine.fsdp2 import FSDP2Engine
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.lora import LoraSettings, add_adapters, initialize_adapters
 from mindspeed_mm.models.plugins import load_plugin
+from mindspeed_mm.models.transformers.families import family_of
 from mindspeed_mm.models.transformers.freeze import frozen_line
+from mindspeed_mm.models.transformers_model import TransformersModel
 from mindspeed_mm.optimizer import build_optimizer, build_param_groups, build_schedule, param_group_table
 from mindspeed_mm.tools.mem_profiler import memory_profiler
 from mindspeed_mm.tools.profiler import Profiler
 from mindspeed_mm.training.callbacks import Iterators, call_dataset_provider, call_model_provider
-from mindspeed_mm.training.checkpointing import Checkpointer, hf_model
+from mindspeed_mm.training.checkpointing import Checkpointer, base_folder, hf_model
 from mindspeed_mm.training.exits import ExitWatch
 from mindspeed_mm.training.failures import StoreSlot
 from mindspeed_mm.training.loop import Cadence, Progress, Trainer
@@ -123,10 +126,11 @@ def _join_job(args: Namespace, store_slot: StoreSlot, notes: list[str]) -> None:
 def _build_model(args: Namespace, provider: Callable[..., Any]) -> tuple[nn.Module, ShardPlan]:
     with meta_init() if args.init_model_with_meta_device else nullcontext():
         model = call_model_provider(provider)
-    if args.mm_model:
-        freeze(hf_model(model), args.mm.model.get("freeze", []))
-    if line := frozen_line(hf_model(model)):
-        state.print_rank_0(line)
+        if args.mm_model:
+            freeze(hf_model(model), args.mm.model.get("freeze", []))
+        if line := frozen_line(hf_model(model)):
+            state.print_rank_0(line)
+        lora = _add_adapters(args, model)
     param_dtype = None if args.params_dtype_name == "fp32" else args.params_dtype_name
     plan = prepare_model(model, state.data_parallel_group(), args.fsdp2_config_path, param_dtype=param_dtype)
     for line in plan.lines():
@@ -140,10 +144,31 @@ def _build_model(args: Namespace, provider: Callable[..., Any]) -> tuple[nn.Modu
     state.print_rank_0(f" > number of parameters: {total:,}")
     if args.init_model_with_meta_device:
         # Values that a strict load is about to replace are not computed first.
-        weights_follow = args.load_strict and (args.load or getattr(model, "weights_source", None))
+        source = args.load or args.load_base_model or getattr(model, "weights_source", None)
+        weights_follow = args.load_strict and source
         init = None if weights_follow else module_init(model)
         materialize(model, accelerator.device(), init, args.seed, shard_device=plan.shard_device)
+    if lora:
+        initialize_adapters(hf_model(model), args.seed)
     return model, plan
+
+
+def _add_adapters(args: Namespace, model: nn.Module) -> bool:
+    """Return whether the command line asks for LoRA, and the model has got it."""
+    if not (args.lora_target_modules or args.lora_target_parameters):
+        return False
+    settings = LoraSettings(
+        target_modules=tuple(args.lora_target_modules),
+        target_parameters=tuple(args.lora_target_parameters),
+        apply_modules=tuple(args.lora_apply_modules),
+        r=args.lora_r,
+        alpha=args.lora_alpha,
+        dropout=args.lora_dropout,
+    )
+    family = family_of(model.transformer_config) if isinstance(model, TransformersModel) else None
+    for line in add_adapters(hf_model(model), settings, family, base_folder(args, model)):
+        state.print_rank_0(line)
+    return True
 
 
 def _build_engine(args: Namespace, model: nn.Module, plan: ShardPlan) -> FSDP2Engine:
