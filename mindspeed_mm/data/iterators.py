@@ -69,6 +69,8 @@ class CyclicIterator:
         """Continue at a saved position; takes effect with the next batch."""
         self._epoch, self._batch, self._start_state = state["epoch"], state["batch"], state["start_state"]
         self._batches = None
+        if getattr(self.loader, "_iterator", None) is not None:
+            self.loader._iterator = None  # type: ignore[attr-defined]  # its workers have fetched ahead elsewhere
 
     def seek(self, batches: int) -> None:
         """Continue after ``batches`` batches from the very start, for a position saved at another world size.
@@ -78,6 +80,19 @@ class CyclicIterator:
         length = _length(self.loader)
         epoch, batch = divmod(batches, length) if length else (0, batches)
         self.load_state_dict({"epoch": epoch, "batch": batch, "start_state": None})
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Epoch and number (both from 0) of the batch that was returned last."""
+        return self._epoch, self._batch - 1
+
+    def samples_at(self, place: tuple[int, int]) -> list[str] | None:
+        """Name the samples of the batch at ``place``; None where the loader's sampler cannot tell."""
+        indices = getattr(getattr(self.loader, "batch_sampler", None), "indices", None)
+        if indices is None:
+            return None
+        where = getattr(self.loader.dataset, "where", "sample {}".format)  # type: ignore[attr-defined]
+        return [where(index) for index in indices(*place)]
 
     def _open_epoch(self) -> Iterator[Any]:
         for target in (self.loader, *(getattr(self.loader, name, None) for name in ("batch_sampler", "sampler"))):
