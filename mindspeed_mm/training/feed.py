@@ -10,8 +10,6 @@ from torch import Tensor
 
 from mindspeed_mm.errors import UserError
 
-IGNORE = -100
-
 
 class Feed:
     """Passes batches on, and counts the time spent waiting for them and the tokens in them.

@@ -126,7 +126,7 @@ class NonFinitePolicy:
         bad = [(f.micro_batch, rank) for rank, f in enumerate(findings) if f.micro_batch is not None]
         first = min(bad, default=(0, None))
         ranks = [rank for index, rank in bad if index == first[0]]
-        batches = [item for item in step.taken if item.first_sample is not None][slice(first[0], first[0] + 1)]
+        batches = step.taken[first[0] : first[0] + 1]
         names: list[list[str] | None] = [None] * len(findings)
         dist.all_gather_object(
             names, [name for item in batches for name in self.samples_at(item.place) or ()], group=group
@@ -157,7 +157,7 @@ class NonFinitePolicy:
         lines = []
         for rank in ranks[:3]:
             finding = findings[rank]
-            samples = ", ".join(names[rank] or ())
+            samples = _listed(names[rank] or [])
             if batches and not samples:
                 samples = f"of consumed samples {batches[0].first_sample} to {batches[0].end_sample - 1}"
             lines.append(
@@ -182,9 +182,14 @@ class NonFinitePolicy:
         samples = [name for item in step.taken for name in self.samples_at(item.place) or ()]
         raise UserError(
             f"iteration {step.record.iteration}: no sample of the global batch has a target: every label is -100, on "
-            f"all ranks ({', '.join(samples) or f'consumed samples {first} to {end - 1}'}). Check 'labels' in your "
+            f"all ranks ({_listed(samples) or f'consumed samples {first} to {end - 1}'}). Check 'labels' in your "
             "data, and whether samples are cut before the answer begins."
         )
+
+
+def _listed(names: list[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def _of_the_gradient(findings: list[Finding]) -> list[str]:

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed_mm import accelerator
-from mindspeed_mm.training.feed import IGNORE, Feed
+from mindspeed_mm.losses import IGNORE
+from mindspeed_mm.training.feed import Feed
 
 LEFT_OUT_FILE = "left_out_samples.json"
 

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.losses import IGNORE
 from mindspeed_mm.training.checkpointing import hf_model
-from mindspeed_mm.training.feed import IGNORE
 
 # Ids that some families put beyond their vocabulary, and replace before they are looked up.
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id")
