@@ -63,12 +63,18 @@ class CyclicIterator:
     def state_dict(self) -> dict[str, Any]:
         """Return the position, in types that ``torch.load(weights_only=True)`` accepts."""
         # After a restore that nothing followed, the loader was not opened yet: its start state still counts.
-        return {"epoch": self._epoch, "batch": self._batch, "start_state": self._start_state if self._batch else None}
+        return {
+            "epoch": self._epoch,
+            "batch": self._batch,
+            "start_state": self._start_state if self._batch else None,
+            "own": self._own_states(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at a saved position; takes effect with the next batch."""
         self._epoch, self._batch, self._start_state = state["epoch"], state["batch"], state["start_state"]
         self._batches = None
+        self._set_own_states(state.get("own", {}))  # matters when this process has drawn from them in the meantime
         if getattr(self.loader, "_iterator", None) is not None:
             self.loader._iterator = None  # type: ignore[attr-defined]  # its workers have fetched ahead elsewhere
 
@@ -114,13 +120,19 @@ class CyclicIterator:
         return batches
 
     def _random_state(self) -> dict[str, Any]:
-        own = {name: g.get_state() for name, g in _generators(self.loader).items()}
-        return {"global": accelerator.rng_state(), "own": own}
+        return {"global": accelerator.rng_state(), "own": self._own_states()}
 
     def _set_random_state(self, state: dict[str, Any]) -> None:
         accelerator.set_rng_state(state["global"])
+        self._set_own_states(state["own"])
+
+    def _own_states(self) -> dict[str, Any]:
+        return {name: generator.get_state() for name, generator in _generators(self.loader).items()}
+
+    def _set_own_states(self, states: dict[str, Any]) -> None:
         for name, generator in _generators(self.loader).items():
-            generator.set_state(state["own"][name])
+            if name in states:
+                generator.set_state(states[name])
 
 
 class _StartAt:
