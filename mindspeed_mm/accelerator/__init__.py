@@ -18,6 +18,7 @@ from mindspeed_mm.accelerator.hardware import (
     synchronize,
     wants_pinned_memory,
 )
+from mindspeed_mm.accelerator.host_copy import HostCopy
 from mindspeed_mm.accelerator.kernels import fused_linear_cross_entropy
 from mindspeed_mm.accelerator.megatron_core import load_megatron_core
 from mindspeed_mm.accelerator.numerics import allow_tf32, use_deterministic_algorithms
@@ -25,6 +26,7 @@ from mindspeed_mm.accelerator.profiling import memory_history, memory_snapshot, 
 from mindspeed_mm.accelerator.rng import rng_state, seed_all, set_rng_state
 
 __all__ = [
+    "HostCopy",
     "allow_tf32",
     "default_backend",
     "device",

@@ -37,8 +37,11 @@ from mindspeed_mm.training.checkpointing import Checkpointer, base_folder, hf_mo
 from mindspeed_mm.training.exits import ExitWatch
 from mindspeed_mm.training.failures import StoreSlot
 from mindspeed_mm.training.loop import Cadence, Progress, Trainer
+from mindspeed_mm.training.nonfinite import NonFinitePolicy
 from mindspeed_mm.training.reporting import TrainingLog
 from mindspeed_mm.training.sinks import Sink, open_sinks
+from mindspeed_mm.training.step_feed import LeftOut, StepFeed
+from mindspeed_mm.training.token_check import TokenCheck
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -81,6 +84,8 @@ def run(
 
     trainer = _build_trainer(args, engine, schedule, forward_step, train, valid, checkpointer, sinks)
     trainer.observers = [profiler.step, memory_profiler.step]
+    if args.nan_policy == "rollback" and not args.skip_train:
+        _prepare_rollback(trainer, checkpointer, train)
     profiler.start()
     try:
         with ExitWatch(args.exit_duration_in_mins, args.exit_interval) as exits:
@@ -247,15 +252,31 @@ def _build_trainer(
         args.iteration, args.consumed_train_samples = iteration, consumed
 
     progress = Progress(args.iteration, args.consumed_train_samples, publish)
+    iterators = {"train": train, "valid": valid}
     save = None
     if args.save:
-        iterators = {"train": train, "valid": valid}
         save = lambda: checkpointer.save(progress.iteration, progress.consumed_samples, iterators)  # noqa: E731
+    log = TrainingLog(
+        train_iters=args.train_iters,
+        log_interval=args.log_interval,
+        global_batch_size=args.global_batch_size,
+        metrics_path=Path(args.save) / "metrics.jsonl" if args.save else None,
+        start_iteration=progress.iteration,
+        sinks=sinks,
+        sink_interval=args.tensorboard_log_interval,
+        flops_per_token=_flops_per_token(engine.module) if args.log_throughput else None,
+    )
+    feed = StepFeed(
+        train if train is not None else CyclicIterator([None]),
+        stride=args.micro_batch_size * args.data_parallel_size,
+        left_out=LeftOut(Path(args.save) if args.save else None, resumes=checkpointer.resumes_itself),
+        check=TokenCheck(engine.module),
+    )
     return Trainer(
         engine=engine,
         schedule=schedule,
         forward_step=forward_step,
-        train_iterator=train if train is not None else CyclicIterator([None]),
+        feed=feed,
         valid_iterator=valid,
         num_microbatches=args.num_microbatches,
         global_batch_size=args.global_batch_size,
@@ -268,19 +289,34 @@ def _build_trainer(
             gc_before_evaluation=args.manual_gc and args.manual_gc_eval,
         ),
         progress=progress,
-        log=TrainingLog(
-            train_iters=args.train_iters,
-            log_interval=args.log_interval,
-            global_batch_size=args.global_batch_size,
-            metrics_path=Path(args.save) / "metrics.jsonl" if args.save else None,
-            start_iteration=progress.iteration,
-            sinks=sinks,
-            sink_interval=args.tensorboard_log_interval,
-            flops_per_token=_flops_per_token(engine.module) if args.log_throughput else None,
+        log=log,
+        nonfinite=NonFinitePolicy(
+            args.nan_policy,
+            args.nan_limit,
+            engine=engine,
+            schedule=schedule,
+            forward_step=forward_step,
+            log=log,
+            num_microbatches=args.num_microbatches,
+            samples=args.global_batch_size,
+            samples_at=feed.samples_at,
+            where_to_resume=checkpointer.where_to_resume,
         ),
         save=save,
+        go_back=lambda: checkpointer.go_back(iterators),
         observers=[],
     )
+
+
+def _prepare_rollback(trainer: Trainer, checkpointer: Checkpointer, train: Iterator[Any] | None) -> None:
+    """See to it that there is a checkpoint to go back to, and that the data can go back too."""
+    if train is not None and not hasattr(train, "load_state_dict"):
+        raise UserError(
+            f"--nan-policy rollback: the training data is a {type(train).__name__} without a position, which cannot go "
+            "back; return a DataLoader or another iterable from train_valid_test_datasets_provider, or use skip."
+        )
+    if checkpointer.newest is None and trainer.save:
+        trainer.save()
 
 
 def _flops_per_token(model: nn.Module) -> float:
