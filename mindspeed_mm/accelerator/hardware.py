@@ -137,6 +137,13 @@ def peak_flops(dtype: torch.dtype) -> float | None:
     return next((peaks.get(dtype) for fragment, peaks in _PEAK_FLOPS.items() if fragment in name), None)
 
 
+def has_fused_optimizers() -> bool:
+    """Return whether torch has optimizer steps for this device that are one kernel."""
+    from torch.utils._foreach_utils import _get_fused_kernels_supported_devices  # what AdamW(fused=True) asks
+
+    return device_type() in _get_fused_kernels_supported_devices()
+
+
 def wants_pinned_memory() -> bool:
     """Return whether copies to this device are faster from page-locked host memory."""
     return not is_cpu()
