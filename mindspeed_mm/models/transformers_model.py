@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,32 @@ class TransformersModel(MultiModalModule):
         if self._aux_coefficient > 0:
             self._add_router_loss(result, getattr(outputs, "aux_loss", None))
         return result
+
+    def generate(self, input_ids: Tensor, *, max_new_tokens: int, stop: Sequence[int], **batch: Any) -> Tensor:
+        """Continue a prompt greedily; all ranks call this with the same arguments.
+
+        Args:
+            input_ids: (1, S) tokens.
+            max_new_tokens: how many at most.
+            stop: token ids that end an answer, beside those of the model's own generation settings.
+            **batch: whatever else the HF model takes.
+
+        Returns:
+            The new tokens, (N,).
+        """
+        self._add_token_types(input_ids, batch)
+        own = self.model.generation_config.eos_token_id
+        ends = {*stop, *(own if isinstance(own, list) else [own])} - {None}
+        output = self.model.generate(
+            input_ids=input_ids,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=sorted(ends),
+            pad_token_id=min(ends),
+            synced_gpus=_is_one_of_several_ranks(),
+            **batch,
+        )
+        return output[0, input_ids.shape[1] :]
 
     def _run(self, input_ids: Tensor, targets: Tensor, batch: dict[str, Any]) -> tuple[Any, Tensor]:
         """Return the HF outputs and the summed cross entropy of each sample, (B,)."""

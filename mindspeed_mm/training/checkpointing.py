@@ -117,7 +117,7 @@ class Checkpointer:
         }
         if not args.no_save_rng:
             rank_state["rng"] = accelerator.rng_state()
-        extra: dict[str, Any] = {"consumed_train_samples": consumed_samples, "args": _plain(vars(args))}
+        extra: dict[str, Any] = {"consumed_train_samples": consumed_samples, "args": plain_values(vars(args))}
         if not args.no_save_optim:
             extra["schedule"] = self.schedule.state_dict()
         store.save(
@@ -141,7 +141,7 @@ def hf_model(model: nn.Module) -> Any:
     return model.model if isinstance(model, TransformersModel) else model
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+def plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments that are plain values: what a checkpoint can hold without running code when read."""
     kinds = (str, int, float, bool, type(None))
     return {

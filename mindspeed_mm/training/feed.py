@@ -53,6 +53,15 @@ class Feed:
         return counts
 
 
+def count_samples(batch: Any) -> int:
+    """Return the first dimension of a batch: of its ``input_ids`` or ``labels``, else of its first tensor; or 1."""
+    if isinstance(batch, Mapping):
+        values = [batch.get("input_ids"), batch.get("labels"), *batch.values()]
+    else:
+        values = list(batch) if isinstance(batch, (tuple, list)) else [batch]
+    return next((len(value) for value in values if isinstance(value, Tensor) and value.ndim), 1)
+
+
 def _count_tokens(batch: Any) -> int:
     if not isinstance(batch, Mapping):
         return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -24,14 +24,24 @@ from mindspeed_mm.distributed.meta import materialize, meta_init, module_init
 from mindspeed_mm.engine.fsdp2 import FSDP2Engine
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.plugins import load_plugin
-from mindspeed_mm.optimizer import build_optimizer, build_param_groups, build_schedule, param_group_table
+from mindspeed_mm.optimizer import (
+    ParameterGroup,
+    build_optimizer,
+    build_param_groups,
+    build_schedule,
+    muon_matrices,
+    param_group_table,
+)
 from mindspeed_mm.tools.mem_profiler import memory_profiler
 from mindspeed_mm.tools.profiler import Profiler
 from mindspeed_mm.training.callbacks import Iterators, call_dataset_provider, call_model_provider
 from mindspeed_mm.training.checkpointing import Checkpointer, hf_model
+from mindspeed_mm.training.evaluation import FULL_PASS, check_full_pass
 from mindspeed_mm.training.exits import ExitWatch
 from mindspeed_mm.training.failures import StoreSlot
+from mindspeed_mm.training.generation import GenerationCheck
 from mindspeed_mm.training.loop import Cadence, Progress, Trainer
+from mindspeed_mm.training.manifest import describe_run, write_manifest
 from mindspeed_mm.training.reporting import TrainingLog
 from mindspeed_mm.training.sinks import Sink, open_sinks
 
@@ -49,6 +59,9 @@ def run(
     """Train as :func:`mindspeed_mm.training.pretrain` describes."""
     start = time.monotonic()
     args, notes = _prepare_args(extra_args_provider, args_defaults)
+    if args.use_deter_comp:  # before the device and the collective library are first used
+        notes += [f"--use-deter-comp: {limit}" for limit in accelerator.determinism_limits()]
+        accelerator.use_deterministic_algorithms()
     _join_job(args, store_slot, notes)
     state.print_rank_0(f"time to initialize megatron (seconds): {time.monotonic() - start:.3f}")
     sinks = open_sinks(args)
@@ -59,22 +72,26 @@ def run(
 
     if args.allow_tf32:
         accelerator.allow_tf32()
-    if args.use_deter_comp:
-        accelerator.use_deterministic_algorithms()
     accelerator.seed_all(args.seed)
     model, plan = _build_model(args, model_provider)
-    engine = _build_engine(args, model, plan)
+    groups = _build_groups(args, model)
+    engine = _build_engine(args, model, plan, groups)
     schedule = _build_schedule(args, engine.optimizer)
     checkpointer = Checkpointer(args, model, engine.optimizer, schedule)
     args.iteration, args.consumed_train_samples = checkpointer.load()
     train, valid, test = _build_iterators(args, dataset_provider)
-    checkpointer.restore_iterators({"train": train, "valid": valid})
+    checkpointer.restore_iterators(_named_iterators(train, valid))
+    if args.save:
+        write_manifest(args.save, describe_run(args, groups))
     # Dropout differs between data-parallel ranks; a resumed run continues its own streams instead.
     accelerator.seed_all(args.seed + dist.get_rank(state.data_parallel_group()))
     checkpointer.restore_rng()
     state.print_rank_0("done with setup ...")
 
     trainer = _build_trainer(args, engine, schedule, forward_step, train, valid, checkpointer, sinks)
+    if args.eval_generate:
+        check = GenerationCheck(model, valid, args.eval_generate, args.params_dtype)
+        trainer.generate = lambda: check.run(trainer.progress, trainer.log)
     trainer.observers = [profiler.step, memory_profiler.step]
     profiler.start()
     try:
@@ -140,16 +157,21 @@ def _build_model(args: Namespace, provider: Callable[..., Any]) -> tuple[nn.Modu
     return model, plan
 
 
-def _build_engine(args: Namespace, model: nn.Module, plan: ShardPlan) -> FSDP2Engine:
+def _build_groups(args: Namespace, model: nn.Module) -> list[ParameterGroup]:
     groups = build_param_groups(
         model.named_parameters(),
         weight_decay_exclude=args.weight_decay_exclude_modules,
         lr_scale=args.lr_scale_modules,
         lr_mult=args.lr_mult,
         decay_all=args.weight_decay_all,
+        muon_matrices=muon_matrices(model) if args.optimizer == "muon" else (),
     )
     for line in param_group_table(groups, args.lr, args.weight_decay):
         state.print_rank_0(line)
+    return groups
+
+
+def _build_engine(args: Namespace, model: nn.Module, plan: ShardPlan, groups: Sequence[ParameterGroup]) -> FSDP2Engine:
     optimizer = build_optimizer(
         groups,
         name=args.optimizer,
@@ -160,6 +182,9 @@ def _build_engine(args: Namespace, model: nn.Module, plan: ShardPlan) -> FSDP2En
         eps=args.adam_eps,
         momentum=args.sgd_momentum,
         ema_decay=args.ema_decay,
+        muon_momentum=args.muon_momentum,
+        ns_steps=args.ns_steps,
+        matched_adamw_rms=args.matched_adamw_rms,
     )
     return FSDP2Engine(
         model,
@@ -199,7 +224,18 @@ def _build_schedule(args: Namespace, optimizer: torch.optim.Optimizer) -> Any:
 def _build_iterators(args: Namespace, provider: Callable[..., Any]) -> Iterators:
     evaluations = args.train_iters // args.eval_interval + 1
     counts = [args.train_iters, evaluations * args.eval_iters, args.eval_iters]
-    return call_dataset_provider(provider, [n * args.global_batch_size for n in counts])
+    if args.eval_iters == FULL_PASS:  # who asks for all samples knows how many there are
+        counts[1:] = [0, 0]
+    train, valid, test = call_dataset_provider(provider, [n * args.global_batch_size for n in counts])
+    if args.eval_iters == FULL_PASS:
+        check_full_pass(valid, "validation")
+        check_full_pass(test, "test")
+    return train, valid, test
+
+
+def _named_iterators(train: Iterator[Any] | None, valid: Mapping[str, Iterator[Any]]) -> dict[str, Any]:
+    """Return the iterators whose position a checkpoint keeps, by their names in it."""
+    return {"train": train, **{f"valid {name}".strip(): iterator for name, iterator in valid.items()}}
 
 
 def _build_trainer(
@@ -208,7 +244,7 @@ def _build_trainer(
     schedule: Any,
     forward_step: Callable[..., Any],
     train: Iterator[Any] | None,
-    valid: Iterator[Any] | None,
+    valid: dict[str, Iterator[Any]],
     checkpointer: Checkpointer,
     sinks: list[Sink],
 ) -> Trainer:
@@ -218,14 +254,14 @@ def _build_trainer(
     progress = Progress(args.iteration, args.consumed_train_samples, publish)
     save = None
     if args.save:
-        iterators = {"train": train, "valid": valid}
+        iterators = _named_iterators(train, valid)
         save = lambda: checkpointer.save(progress.iteration, progress.consumed_samples, iterators)  # noqa: E731
     return Trainer(
         engine=engine,
         schedule=schedule,
         forward_step=forward_step,
         train_iterator=train if train is not None else CyclicIterator([None]),
-        valid_iterator=valid,
+        valid_iterators=valid,
         num_microbatches=args.num_microbatches,
         global_batch_size=args.global_batch_size,
         cadence=Cadence(
@@ -248,6 +284,7 @@ def _build_trainer(
             flops_per_token=_flops_per_token(engine.module) if args.log_throughput else None,
         ),
         save=save,
+        generate=None,
         observers=[],
     )
 
@@ -258,7 +295,11 @@ def _flops_per_token(model: nn.Module) -> float:
 
 
 def _train_and_evaluate(
-    args: Namespace, trainer: Trainer, exits: ExitWatch, valid: Iterator[Any] | None, test: Iterator[Any] | None
+    args: Namespace,
+    trainer: Trainer,
+    exits: ExitWatch,
+    valid: dict[str, Iterator[Any]],
+    test: dict[str, Iterator[Any]],
 ) -> bool:
     """Return whether the run was stopped early."""
     if not args.skip_train:
@@ -266,7 +307,7 @@ def _train_and_evaluate(
         if trainer.train(exits) is not None:
             return True
         state.print_rank_0("after training is done")
-    for iterator, name in ((valid, "validation"), (test, "test")):
-        if iterator is not None and args.eval_iters:
-            trainer.evaluate(iterator, name, f"iteration {trainer.progress.iteration} on {name} set")
+    for iterators, name in ((valid, "validation"), (test, "test")):
+        if iterators and args.eval_iters:
+            trainer.evaluate(iterators, name, f"iteration {trainer.progress.iteration} on {name} set")
     return False

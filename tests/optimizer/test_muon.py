@@ -45,7 +45,7 @@ def muon(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
 
 
 def reference(model: Net) -> list[torch.optim.Optimizer]:
-    """torch's own, with the groups made by hand."""
+    """Two optimizers of torch, with the groups made by hand."""
     parameters = dict(model.named_parameters())
     plain = [p for name, p in parameters.items() if p.ndim == 1]
     tables = [parameters["embedding.weight"], parameters["lm_head.weight"]]

@@ -61,7 +61,7 @@ def test_a_keyword_may_bring_its_own_scale_and_the_last_match_counts() -> None:
 
 @pytest.mark.parametrize("word", ["visual=", "visual=fast", "visual=-1", "visual=nan", "=0.1"])
 def test_a_scale_that_is_no_number_is_an_error(word: str) -> None:
-    with pytest.raises(UserError, match="--lr-scale-modules.*keyword=scale"):
+    with pytest.raises(UserError, match=r"--lr-scale-modules.*keyword=scale"):
         build_param_groups(nn.ModuleDict({"visual": nn.Linear(2, 2)}).named_parameters(), lr_scale=[word])
 
 
@@ -89,7 +89,8 @@ def test_groups_train_as_adamw_with_the_groups_made_by_hand() -> None:
 
 def test_the_bias_of_many_experts_is_two_dimensional_and_does_not_decay() -> None:
     module = nn.ParameterDict({"up_proj_bias": nn.Parameter(torch.zeros(4, 2)), "up_proj": nn.Parameter(torch.eye(2))})
-    assert names(build_param_groups(module.named_parameters())) == {(1.0, 0.0): ["up_proj_bias"], (1.0, 1.0): ["up_proj"]}
+    groups = build_param_groups(module.named_parameters())
+    assert names(groups) == {(1.0, 0.0): ["up_proj_bias"], (1.0, 1.0): ["up_proj"]}
 
 
 def test_everything_frozen_is_an_error() -> None:

@@ -55,7 +55,7 @@ OPTIMIZER = Group(
             "--optimizer",
             one_of("adam", "sgd", "muon"),
             "adam",
-            "update rule; adam is AdamW, muon is Muon for weight matrices and AdamW for all others (torch 2.9 or later)",
+            "update rule; adam is AdamW, muon is Muon for weight matrices and AdamW for the rest (torch 2.9 or later)",
         ),
         Flag(
             "--optimizer-selection",
