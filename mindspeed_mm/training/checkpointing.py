@@ -15,6 +15,7 @@ from mindspeed_mm.checkpoint import store
 from mindspeed_mm.checkpoint.hf_export import export_hf
 from mindspeed_mm.checkpoint.hf_import import load_hf_weights
 from mindspeed_mm.checkpoint.publish import TRACKER
+from mindspeed_mm.checkpoint.tensors import clean_name
 from mindspeed_mm.distributed.state import print_rank_0, warn_rank_0
 from mindspeed_mm.models.transformers_model import TransformersModel
 from mindspeed_mm.optimizer.schedule import Schedule
@@ -131,9 +132,15 @@ class Checkpointer:
         print_rank_0(f"  successfully saved checkpoint from iteration {iteration:7d} to {args.save} [ t 1/1, p 1/1 ]")
 
     def export_hf(self, folder: str) -> None:
-        """Write the trained model as a Hugging Face folder. A collective."""
-        export_hf(hf_model(self.model), folder, assets_from=getattr(self.model, "hf_path", None))
+        """Write the trained model as a Hugging Face folder, and averaged weights as ``<folder>-ema``. A collective."""
+        model, assets = hf_model(self.model), getattr(self.model, "hf_path", None)
+        export_hf(model, folder, assets_from=assets)
         print_rank_0(f" exported a Hugging Face folder to {folder}")
+        states = {name: self.optimizer.state.get(p, {}) for name, p in model.named_parameters()}
+        if averages := {clean_name(name): state["ema"] for name, state in states.items() if "ema" in state}:
+            folder = f"{folder.rstrip('/')}-ema"
+            export_hf(model, folder, assets_from=assets, instead=averages)
+            print_rank_0(f" exported the averaged weights to {folder}")
 
 
 def hf_model(model: nn.Module) -> Any:
