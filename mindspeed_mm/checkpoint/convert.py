@@ -6,7 +6,7 @@ Face folder and exporting one at its end need no conversion; this is for those w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from mindspeed_mm.checkpoint.hf_export import write_hf_folder
 from mindspeed_mm.checkpoint.hf_folder import FileTensor, open_weights
 from mindspeed_mm.checkpoint.hf_import import check_import
 from mindspeed_mm.checkpoint.hf_layout import ImportStep, plan_import, skeleton
+from mindspeed_mm.checkpoint.optimizer_state import PREFIX
 from mindspeed_mm.checkpoint.publish import RELEASE, find, publish
 from mindspeed_mm.checkpoint.store import MODEL, read_metadata, read_tensors, write_tensors
 from mindspeed_mm.checkpoint.tensors import listing, named_tensors
@@ -50,6 +51,7 @@ def dcp_to_hf(
     model_assets_dir: str | Path,
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
+    averaged: bool = False,
 ) -> Path:
     """Write a checkpoint's weights as a Hugging Face folder.
 
@@ -59,6 +61,8 @@ def dcp_to_hf(
         model_assets_dir: the original Hugging Face folder; gives config.json, tokenizer and processor files.
         dtype: to write the parameters in; None keeps the checkpoint's.
         trust_remote_code: whether Python files of ``model_assets_dir`` may run.
+        averaged: take the moving average of the weights that ``fused_ema_adamw`` keeps; frozen weights have none
+            and are taken as they are.
 
     Raises:
         UserError: there is no checkpoint, or it does not hold the weights of that model.
@@ -85,6 +89,8 @@ def dcp_to_hf(
     ]
     if reshaped:
         raise UserError(f"{path} has weights of other shapes than {model_assets_dir}:\n{listing(reshaped)}")
+    if averaged:
+        keys = _averages(keys, {names[0]: names for names in weights}, prefix, saved, path)
     buffers = {name for name, _ in bare.named_buffers()}
 
     def gather(names: list[str]) -> dict[str, torch.Tensor]:
@@ -97,6 +103,24 @@ def dcp_to_hf(
         return {name: tensors[keys[name]] for name in names}
 
     return write_hf_folder(bare, keys, gather, Path(save_dir).resolve(), model_assets_dir)
+
+
+def _averages(
+    keys: dict[str, str], aliases: dict[str, tuple[str, ...]], prefix: str, saved: Collection[str], path: Path
+) -> dict[str, str]:
+    """Return ``keys`` with those of the averages where the checkpoint holds one."""
+
+    def key(name: str) -> str | None:
+        candidates = (f"{PREFIX}{prefix.removeprefix(MODEL)}{alias}.ema" for alias in aliases[name])
+        return next((candidate for candidate in candidates if candidate in saved), None)
+
+    found = {name: average for name in keys if (average := key(name))}
+    if not found:
+        raise UserError(
+            f"{path} holds no averaged weights: the run was not trained with --optimizer-selection fused_ema_adamw, or "
+            "it was saved with --no-save-optim. Convert the weights themselves."
+        )
+    return {**keys, **found}
 
 
 def model_skeleton(hf_dir: Path, trust_remote_code: bool = False) -> PreTrainedModel:

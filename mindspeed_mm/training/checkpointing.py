@@ -17,6 +17,7 @@ from mindspeed_mm.checkpoint.coordination import run_together
 from mindspeed_mm.checkpoint.hf_export import export_hf
 from mindspeed_mm.checkpoint.hf_import import load_hf_weights
 from mindspeed_mm.checkpoint.publish import TRACKER
+from mindspeed_mm.checkpoint.tensors import clean_name
 from mindspeed_mm.distributed.state import print_rank_0, warn_rank_0
 from mindspeed_mm.models.transformers_model import TransformersModel
 from mindspeed_mm.optimizer.schedule import Schedule
@@ -170,7 +171,7 @@ class Checkpointer:
         }
         if not args.no_save_rng:
             rank_state["rng"] = accelerator.rng_state()
-        extra: dict[str, Any] = {"consumed_train_samples": consumed_samples, "args": _plain(vars(args))}
+        extra: dict[str, Any] = {"consumed_train_samples": consumed_samples, "args": plain_values(vars(args))}
         if not args.no_save_optim:
             extra["schedule"] = self.schedule.state_dict()
         self.newest = store.save(
@@ -186,13 +187,22 @@ class Checkpointer:
         print_rank_0(f"  successfully saved checkpoint from iteration {iteration:7d} to {args.save} [ t 1/1, p 1/1 ]")
 
     def export_hf(self, folder: str) -> None:
-        """Write the trained model as a Hugging Face folder, its adapters as a peft folder. A collective."""
+        """Write the trained model as a Hugging Face folder. A collective.
+
+        Of a model with adapters it is a peft folder; averaged weights go to ``<folder>-ema``.
+        """
+        model, assets = hf_model(self.model), getattr(self.model, "hf_path", None)
         if self._has_adapters:
-            export_adapter(hf_model(self.model), folder)
+            export_adapter(model, folder)
             print_rank_0(f" exported the adapters to {folder}")
             return
-        export_hf(hf_model(self.model), folder, assets_from=getattr(self.model, "hf_path", None))
+        export_hf(model, folder, assets_from=assets)
         print_rank_0(f" exported a Hugging Face folder to {folder}")
+        states = {name: self.optimizer.state.get(p, {}) for name, p in model.named_parameters()}
+        if averages := {clean_name(name): state["ema"] for name, state in states.items() if "ema" in state}:
+            folder = f"{folder.rstrip('/')}-ema"
+            export_hf(model, folder, assets_from=assets, instead=averages)
+            print_rank_0(f" exported the averaged weights to {folder}")
 
 
 def base_folder(args: Namespace, model: nn.Module) -> str | None:
@@ -205,7 +215,7 @@ def hf_model(model: nn.Module) -> Any:
     return model.model if isinstance(model, TransformersModel) else model
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+def plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments that are plain values: what a checkpoint can hold without running code when read."""
     kinds = (str, int, float, bool, type(None))
     return {
