@@ -95,6 +95,13 @@ def _contradictions(args: Namespace, road: str) -> Iterator[str]:
         else:
             yield from _learning_rate(args)
     yield from _weight_decay(args)
+    if args.nan_policy == "rollback":
+        if not args.save:
+            yield "--nan-policy rollback goes back to a checkpoint of --save; add --save, or use --nan-policy skip"
+        for dest in ("no_save_optim", "no_save_rng"):
+            if getattr(args, dest):
+                flag = f"--{dest.replace('_', '-')}"
+                yield f"{flag}: --nan-policy rollback needs whole checkpoints to go back to; remove one of the two"
 
 
 def _learning_rate(args: Namespace) -> Iterator[str]:

@@ -37,6 +37,11 @@ class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
         row = self.rows[index]
         return self.encoder.encode(row["messages"], row["images"], self.files.where(row["file"], row["row"]))
 
+    def where(self, index: int) -> str:
+        """Return file and line (or number) of a row, for messages."""
+        row = self.rows[index]
+        return self.files.where(row["file"], row["row"])
+
     def train_test_split(self, test_size: float, seed: int) -> dict[str, ConversationDataset]:
         """Split at random, the same way for the same seed.
 

@@ -42,6 +42,13 @@ class Checkpointer:
         self._has_adapters = adapter_config(hf_model(model)) is not None
         # Weights that do not change and can be read again are not saved.
         self._base = base_folder(args, model) if self._has_adapters else None
+        self.newest: Path | None = None
+        """The newest whole checkpoint that this run has saved, or started from."""
+
+    @property
+    def resumes_itself(self) -> bool:
+        """Whether the run goes on from a checkpoint in its own ``--save``."""
+        return self.newest is not None and self.newest.parent.resolve() == Path(self.args.save or "").resolve()
 
     def load(self) -> tuple[int, int]:
         """Load the newest checkpoint under ``--auto-resume``, else what ``--load`` names, else initial weights.
@@ -82,12 +89,37 @@ class Checkpointer:
             self.schedule.load_state_dict(loaded.extra["schedule"])
         self._rank_state = loaded.rank_state
         self._consumed_samples = loaded.extra["consumed_train_samples"]
+        self.newest = loaded.path
         if loaded.rank_state is None:
             warn_rank_0(
                 f"{loaded.path} was saved by another number of ranks: the sample order continues where it was, "
                 "random numbers (dropout) do not."
             )
         return loaded.iteration, self._consumed_samples
+
+    def go_back(self, iterators: Mapping[str, Any]) -> tuple[int, int]:
+        """Put everything back to the newest checkpoint of this run. A collective.
+
+        Returns:
+            The iteration and the number of consumed training samples to continue from.
+        """
+        assert self.newest is not None
+        loaded = store.load(self.newest, model=self.model, optimizer=self.optimizer)
+        print_rank_0(f" going back to checkpoint {loaded.path} at iteration {loaded.iteration}")
+        self.schedule.load_state_dict(loaded.extra["schedule"])
+        self._rank_state, self._consumed_samples = loaded.rank_state, loaded.extra["consumed_train_samples"]
+        self.restore_iterators(iterators)
+        self.restore_rng()
+        return loaded.iteration, self._consumed_samples
+
+    def where_to_resume(self) -> str:
+        """Tell how to continue after the run has ended without saving its last state."""
+        if self.newest is None:
+            return "no checkpoint was saved before it: start over" + (
+                ", with a smaller --save-interval" if self.args.save else ", with --save and --save-interval"
+            )
+        iteration = int(self.newest.name.removeprefix("iter_"))
+        return f"resume from iteration {iteration}: --load {self.newest.parent}"
 
     def _load_initial_weights(self) -> None:
         source = getattr(self.model, "weights_source", None)
@@ -141,7 +173,7 @@ class Checkpointer:
         extra: dict[str, Any] = {"consumed_train_samples": consumed_samples, "args": _plain(vars(args))}
         if not args.no_save_optim:
             extra["schedule"] = self.schedule.state_dict()
-        store.save(
+        self.newest = store.save(
             args.save,
             iteration,
             model=self.model,

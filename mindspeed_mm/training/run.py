@@ -19,6 +19,7 @@ from mindspeed_mm.arguments import parse_args, report_inert_flags, set_args, val
 from mindspeed_mm.configs.config import merge_mm_args
 from mindspeed_mm.data.iterators import CyclicIterator
 from mindspeed_mm.distributed import state
+from mindspeed_mm.distributed.frozen import freeze
 from mindspeed_mm.distributed.fsdp2 import ShardPlan, prepare_model
 from mindspeed_mm.distributed.meta import materialize, meta_init, module_init
 from mindspeed_mm.engine.fsdp2 import FSDP2Engine
@@ -26,6 +27,7 @@ from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.lora import LoraSettings, add_adapters, initialize_adapters
 from mindspeed_mm.models.plugins import load_plugin
 from mindspeed_mm.models.transformers.families import family_of
+from mindspeed_mm.models.transformers.freeze import frozen_line
 from mindspeed_mm.models.transformers_model import TransformersModel
 from mindspeed_mm.optimizer import build_optimizer, build_param_groups, build_schedule, param_group_table
 from mindspeed_mm.tools.mem_profiler import memory_profiler
@@ -35,8 +37,11 @@ from mindspeed_mm.training.checkpointing import Checkpointer, base_folder, hf_mo
 from mindspeed_mm.training.exits import ExitWatch
 from mindspeed_mm.training.failures import StoreSlot
 from mindspeed_mm.training.loop import Cadence, Progress, Trainer
+from mindspeed_mm.training.nonfinite import NonFinitePolicy
 from mindspeed_mm.training.reporting import TrainingLog
 from mindspeed_mm.training.sinks import Sink, open_sinks
+from mindspeed_mm.training.step_feed import LeftOut, StepFeed
+from mindspeed_mm.training.token_check import TokenCheck
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -79,6 +84,8 @@ def run(
 
     trainer = _build_trainer(args, engine, schedule, forward_step, train, valid, checkpointer, sinks)
     trainer.observers = [profiler.step, memory_profiler.step]
+    if args.nan_policy == "rollback" and not args.skip_train:
+        _prepare_rollback(trainer, checkpointer, train)
     profiler.start()
     try:
         with ExitWatch(args.exit_duration_in_mins, args.exit_interval) as exits:
@@ -124,6 +131,10 @@ def _join_job(args: Namespace, store_slot: StoreSlot, notes: list[str]) -> None:
 def _build_model(args: Namespace, provider: Callable[..., Any]) -> tuple[nn.Module, ShardPlan]:
     with meta_init() if args.init_model_with_meta_device else nullcontext():
         model = call_model_provider(provider)
+        if args.mm_model:
+            freeze(hf_model(model), args.mm.model.get("freeze", []))
+        if line := frozen_line(hf_model(model)):
+            state.print_rank_0(line)
         lora = _add_adapters(args, model)
     param_dtype = None if args.params_dtype_name == "fp32" else args.params_dtype_name
     plan = prepare_model(model, state.data_parallel_group(), args.fsdp2_config_path, param_dtype=param_dtype)
@@ -241,15 +252,31 @@ def _build_trainer(
         args.iteration, args.consumed_train_samples = iteration, consumed
 
     progress = Progress(args.iteration, args.consumed_train_samples, publish)
+    iterators = {"train": train, "valid": valid}
     save = None
     if args.save:
-        iterators = {"train": train, "valid": valid}
         save = lambda: checkpointer.save(progress.iteration, progress.consumed_samples, iterators)  # noqa: E731
+    log = TrainingLog(
+        train_iters=args.train_iters,
+        log_interval=args.log_interval,
+        global_batch_size=args.global_batch_size,
+        metrics_path=Path(args.save) / "metrics.jsonl" if args.save else None,
+        start_iteration=progress.iteration,
+        sinks=sinks,
+        sink_interval=args.tensorboard_log_interval,
+        flops_per_token=_flops_per_token(engine.module) if args.log_throughput else None,
+    )
+    feed = StepFeed(
+        train if train is not None else CyclicIterator([None]),
+        stride=args.micro_batch_size * args.data_parallel_size,
+        left_out=LeftOut(Path(args.save) if args.save else None, resumes=checkpointer.resumes_itself),
+        check=TokenCheck(engine.module),
+    )
     return Trainer(
         engine=engine,
         schedule=schedule,
         forward_step=forward_step,
-        train_iterator=train if train is not None else CyclicIterator([None]),
+        feed=feed,
         valid_iterator=valid,
         num_microbatches=args.num_microbatches,
         global_batch_size=args.global_batch_size,
@@ -262,19 +289,34 @@ def _build_trainer(
             gc_before_evaluation=args.manual_gc and args.manual_gc_eval,
         ),
         progress=progress,
-        log=TrainingLog(
-            train_iters=args.train_iters,
-            log_interval=args.log_interval,
-            global_batch_size=args.global_batch_size,
-            metrics_path=Path(args.save) / "metrics.jsonl" if args.save else None,
-            start_iteration=progress.iteration,
-            sinks=sinks,
-            sink_interval=args.tensorboard_log_interval,
-            flops_per_token=_flops_per_token(engine.module) if args.log_throughput else None,
+        log=log,
+        nonfinite=NonFinitePolicy(
+            args.nan_policy,
+            args.nan_limit,
+            engine=engine,
+            schedule=schedule,
+            forward_step=forward_step,
+            log=log,
+            num_microbatches=args.num_microbatches,
+            samples=args.global_batch_size,
+            samples_at=feed.samples_at,
+            where_to_resume=checkpointer.where_to_resume,
         ),
         save=save,
+        go_back=lambda: checkpointer.go_back(iterators),
         observers=[],
     )
+
+
+def _prepare_rollback(trainer: Trainer, checkpointer: Checkpointer, train: Iterator[Any] | None) -> None:
+    """See to it that there is a checkpoint to go back to, and that the data can go back too."""
+    if train is not None and not hasattr(train, "load_state_dict"):
+        raise UserError(
+            f"--nan-policy rollback: the training data is a {type(train).__name__} without a position, which cannot go "
+            "back; return a DataLoader or another iterable from train_valid_test_datasets_provider, or use skip."
+        )
+    if checkpointer.newest is None and trainer.save:
+        trainer.save()
 
 
 def _flops_per_token(model: nn.Module) -> float:

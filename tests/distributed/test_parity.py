@@ -191,6 +191,8 @@ LAYOUTS = [
     # The fused kernel rounds the last elements of a tensor differently, and uneven shards end elsewhere.
     Case("uneven dimensions", fused=False),
     Case("uneven and tied", tie=True, fused=False),
+    Case("frozen tower, sharded", freeze="visual", config={"replicate_frozen_mib": 0}),
+    Case("offloaded", config={"offload_to_cpu": True}),
     Case("projector outside FSDP", config={"ignored_modules": ["model.visual.merger"]}),
     Case(
         "recomputed and prefetched",
