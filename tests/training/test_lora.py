@@ -47,6 +47,7 @@ def assert_same_run(resumed: Path, straight: Path) -> None:
     assert not [key for key, value in expected.items() if not torch.equal(value, actual[key])]
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_ten_steps_are_five_and_five_and_peft_reads_them(
     lora_job: Job, hf_folder: Path, world_size: int, request: pytest.FixtureRequest, tmp_path: Path
