@@ -189,7 +189,7 @@ def check_memory(keys: dict[str, Any], frozen: tuple[str, ...]) -> dict[str, int
     model = tiny(frozen, width=6)
     plan = shard(model, **keys)
     groups = build_param_groups(model.named_parameters())
-    optimizer = torch.optim.AdamW([group.to_optimizer_group() for group in groups], fused=True)
+    optimizer = torch.optim.AdamW([group.to_optimizer_group(1e-3, 0.1) for group in groups], fused=True)
     engine = FSDP2Engine(
         model, optimizer, group=dist.group.WORLD, clip_grad=1.0, replicated=[p for _, p in plan.ignored]
     )
