@@ -82,6 +82,8 @@ def train_valid_test_datasets_provider(train_val_test_num_samples: list[int]) ->
     def build(dataset: Any, consumed_samples: int) -> Any:
         if dataset is None:
             return None
+        if isinstance(dataset, dict):
+            return {name: build(one, consumed_samples) for name, one in dataset.items()}
         return build_mm_dataloader(
             dataset,
             dataloader_param=args.mm.data.dataloader_param,

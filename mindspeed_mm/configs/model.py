@@ -70,6 +70,8 @@ class ModelConfig(Config):
     load_strict: bool = True  # its weights must fit the model; false here or by --load-strict: use what fits
     trust_remote_code: bool = False  # run Python files of that folder; --trust-remote-code sets it
 
+    freeze: list[str] = Field(default_factory=list)  # modules and parameters that are not trained; paths as in the yaml
+
     # Towers.
     image_encoder: ImageEncoder | None = None
     audio_encoder: AudioTower | None = None

@@ -15,6 +15,7 @@ from mindspeed_mm.distributed.grad_norm import clip_by_norm, scale_gradients, to
 from mindspeed_mm.engine.base import ForwardStep, Report, StepResult
 from mindspeed_mm.engine.loss_result import LossResult, at_least_one, read_loss
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.optimizer.skipping import step_if_finite
 
 
 class FSDP2Engine:
@@ -79,7 +80,7 @@ class FSDP2Engine:
                 loss = self._to_optimise(result, num_microbatches)
                 if result.num_tokens is not None:
                     token_counts.append(result.num_tokens)
-                loss.backward()
+                loss.backward(_one_if_finite(loss))
             reports.append(result.report)
         if not forward_only:
             self._reduce_replicated()
@@ -88,11 +89,11 @@ class FSDP2Engine:
         return reports
 
     def optimizer_step(self) -> StepResult:
-        """Clip, update the weights and clear the gradients. The host does not wait for the device."""
+        """Clip, update the weights unless the gradient is not finite, and clear the gradients."""
         norm = total_grad_norm(self.parameters)
         if self.clip_grad > 0:
             clip_by_norm(self.parameters, norm, self.clip_grad)
-        self.optimizer.step()
+        step_if_finite(self.optimizer, norm)
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(norm)
 
@@ -148,6 +149,11 @@ class FSDP2Engine:
         dist.all_reduce(total, group=self.group)
         total = total.to(torch.promote_types(self.parameters[0].dtype, torch.float32))
         scale_gradients(self.parameters, 1 / at_least_one(total))
+
+
+def _one_if_finite(loss: Tensor) -> Tensor:
+    """Return the gradient to start from: NaN for a loss that is not finite, so that no rank updates its weights."""
+    return loss.detach() * 0 + 1
 
 
 def _outermost(module: nn.Module) -> list[FSDPModule]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from mindspeed_mm.models.transformers.attention import attention_implementation
 from mindspeed_mm.models.transformers.base_model import FSDP2Mixin
 from mindspeed_mm.models.transformers.blank_image import BlankImage
 from mindspeed_mm.models.transformers.families import family_of, has_vision
-from mindspeed_mm.models.transformers.freeze import freeze_components, frozen_line
+from mindspeed_mm.models.transformers.freeze import freeze_components
 from mindspeed_mm.models.transformers.language_loss import LanguageModelLoss
 from mindspeed_mm.models.transformers.weight_layout import share_weight_layout
 
@@ -34,6 +35,7 @@ class TransformersModel(MultiModalModule):
         model: the HF model, fp32; parameter names in checkpoints start with ``model.``.
         transformer_config: its HF config.
         hf_path: the HF folder.
+        pretrained_from: the HF folder if the weights come from it, now or later; None for random ones.
         weights_source: the HF folder whose weights have to be read in after sharding, because the parameters
             were built on the meta device; None when they are already there, or random on purpose.
     """
@@ -62,7 +64,8 @@ class TransformersModel(MultiModalModule):
             "attn_implementation": attention_implementation(config, self.transformer_config),
         }
         random_init = bool(lookup(config, "random_init", False))
-        self.weights_source = self.hf_path if is_meta_init() and not random_init else None
+        self.pretrained_from = None if random_init else self.hf_path
+        self.weights_source = self.pretrained_from if is_meta_init() else None
         if random_init or is_meta_init():
             self.model = model_cls._from_config(self.transformer_config, **options)
         else:
@@ -76,8 +79,6 @@ class TransformersModel(MultiModalModule):
             self.model.freeze(config)
         else:
             freeze_components(self.model, family, config)
-        if line := frozen_line(self.model):
-            print_rank_0(line)
         self._blank_image = BlankImage(self.model, family, self.transformer_config) if family.dummy_image else None
         if has_vision(self.transformer_config) and self._blank_image is None and _is_one_of_several_ranks():
             warn_rank_0(
@@ -111,6 +112,32 @@ class TransformersModel(MultiModalModule):
         self._add_token_types(input_ids, batch)
         with self._blank_image.for_batch(batch) if self._blank_image else nullcontext():
             return self._loss(self.model, {"input_ids": input_ids, **batch}, labels)
+
+    def generate(self, input_ids: Tensor, *, max_new_tokens: int, stop: Sequence[int], **batch: Any) -> Tensor:
+        """Continue a prompt greedily; all ranks call this with the same arguments.
+
+        Args:
+            input_ids: (1, S) tokens.
+            max_new_tokens: how many at most.
+            stop: token ids that end an answer, beside those of the model's own generation settings.
+            **batch: whatever else the HF model takes.
+
+        Returns:
+            The new tokens, (N,).
+        """
+        self._add_token_types(input_ids, batch)
+        own = self.model.generation_config.eos_token_id
+        ends = {*stop, *(own if isinstance(own, list) else [own])} - {None}
+        output = self.model.generate(
+            input_ids=input_ids,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=sorted(ends),
+            pad_token_id=min(ends),
+            synced_gpus=_is_one_of_several_ranks(),
+            **batch,
+        )
+        return output[0, input_ids.shape[1] :]
 
     def _add_token_types(self, input_ids: Tensor, batch: dict[str, Any]) -> None:
         """Say which tokens are images (1) and videos (2), for models that derive positions from it."""

@@ -46,6 +46,7 @@ class LanguageModelLoss:
         # A kernel has the gradient of one sum; a mean over samples needs that of each.
         self._kernel = None if self._type == "per_sample_loss" else accelerator.fused_linear_cross_entropy()
         self._obstacle: str | None = None
+        self._vocabulary = 0
         self._told = False
 
     def attach(self, model: Any) -> None:
@@ -54,6 +55,8 @@ class LanguageModelLoss:
         Raises:
             UserError: ``compute_mode`` is ``chunk`` and they are not.
         """
+        head = model.get_output_embeddings()
+        self._vocabulary = 0 if head is None else len(next(head.parameters()))
         self._obstacle = None if self._mode == "default" else _what_needs_logits(model)
         if self._obstacle and self._mode == "chunk":
             raise UserError(_cannot_chunk(self._obstacle))
@@ -96,15 +99,14 @@ class LanguageModelLoss:
     def _in_chunks(self, model: Any, targets: Tensor) -> bool:
         if self._mode != "auto":
             return self._mode == "chunk"
-        vocabulary = model.config.get_text_config().vocab_size
-        size = logits_bytes(targets.numel(), vocabulary)
+        size = logits_bytes(targets.numel(), self._vocabulary)
         if size <= chunked.LARGE_LOGITS:
             return False
         if not self._told:
             self._told = True
             how = "by a fused kernel" if self._kernel else f"{self._chunk_size} tokens at a time"
             print_rank_0(
-                f"loss: the logits of a micro-batch, {targets.numel()} tokens x {vocabulary} words, would take "
+                f"loss: the logits of a micro-batch, {targets.numel()} tokens x {self._vocabulary} words, would take "
                 f"{size / 2**30:.1f} GiB in fp32. "
                 + (f"They are held whole: {self._obstacle}." if self._obstacle else f"They are computed {how}.")
                 + " (model.json: loss_cfg.compute_mode: auto)"
