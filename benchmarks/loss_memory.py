@@ -1,6 +1,6 @@
 """What cross entropy over a large vocabulary costs: on whole logits, in chunks, and by Liger's kernel where it runs.
 
-    python benchmarks/loss_memory.py                             # on a laptop: 512 and 1,024 tokens
+    python benchmarks/loss_memory.py                             # on a laptop: 2,048 tokens
     python benchmarks/loss_memory.py --tokens 4096 8192 16384 32768    # on an accelerator
     python benchmarks/loss_memory.py --model --tokens 4096 8192 16384 32768    # memory only, any machine
 
@@ -214,7 +214,7 @@ def compare_models(sizes: list[int]) -> None:
 def main() -> None:
     """Run the comparison and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1024], help="tokens of a micro-batch")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048], help="tokens of a micro-batch")
     parser.add_argument("--repeats", type=int, default=3, help="processes of each case")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--model", action="store_true", help="count the memory of a training step of a 0.5 B model")
