@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -99,6 +99,20 @@ class CyclicIterator:
             return None
         where = getattr(self.loader.dataset, "where", "sample {}".format)  # type: ignore[attr-defined]
         return [where(index) for index in indices(*place)]
+
+    def one_pass(self) -> Iterator[Any]:
+        """Return one pass over the loader's data from its beginning, which leaves the position as it is.
+
+        Our own loader gives every sample once then, over all ranks together; another is iterated over as it is.
+        """
+        once = getattr(self.loader, "one_pass", None)
+        with _signals_for_this_process_only():
+            return iter(self.loader if once is None else once())
+
+    def stand_in(self) -> Any:
+        """Return a batch for a rank to which `one_pass` gives none, or None where the loader has no such thing."""
+        stand_in = getattr(self.loader, "stand_in", None)
+        return stand_in and stand_in()
 
     def _open_epoch(self) -> Iterator[Any]:
         for target in (self.loader, *(getattr(self.loader, name, None) for name in ("batch_sampler", "sampler"))):
@@ -223,8 +237,10 @@ def build_iterations(
     val_dl: Iterable[Any] | None = None,
     test_dl: Iterable[Any] | None = None,
     iterator_type: str = "cyclic",
-) -> tuple[CyclicIterator | None, CyclicIterator | None, CyclicIterator | None]:
+) -> tuple[Any, Any, Any]:
     """Turn up to three loaders into iterators; ``iterator_type`` is ``"cyclic"`` (endless) or ``"single"``.
+
+    A dict of loaders becomes a dict of iterators.
 
     Raises:
         UserError: the iterator type is neither.
@@ -232,4 +248,10 @@ def build_iterations(
     if iterator_type not in ("cyclic", "single"):
         raise UserError(f"build_iterations: iterator_type is '{iterator_type}', it must be 'cyclic' or 'single'.")
     cyclic = iterator_type == "cyclic"
-    return tuple(None if dl is None else CyclicIterator(dl, cyclic) for dl in (train_dl, val_dl, test_dl))  # type: ignore[return-value]
+
+    def convert(loader: Any) -> Any:
+        if isinstance(loader, Mapping):
+            return {name: convert(one) for name, one in loader.items()}
+        return None if loader is None else CyclicIterator(loader, cyclic)
+
+    return convert(train_dl), convert(val_dl), convert(test_dl)

@@ -79,6 +79,15 @@ class DistributedBatchSampler(Sampler[list[int]]):
         begin = number * self._global_micro_batch + self.rank * self.micro_batch_size
         return order[np.arange(begin, begin + self.micro_batch_size) % self.num_samples].tolist()
 
+    def one_pass(self) -> list[list[int]]:
+        """Return this rank's batches of a pass over every sample once, in the order of the data set.
+
+        The batches of all ranks together are the same for every number of ranks. The last may be short, and a rank
+        may have one less than another.
+        """
+        starts = range(self.rank * self.micro_batch_size, self.num_samples, self._global_micro_batch)
+        return [list(range(start, min(start + self.micro_batch_size, self.num_samples))) for start in starts]
+
     def _order(self, epoch: int) -> np.ndarray:
         if not self.shuffle:
             return np.arange(self.num_samples)

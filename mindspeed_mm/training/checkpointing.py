@@ -12,9 +12,12 @@ from torch.optim import Optimizer
 
 from mindspeed_mm import accelerator
 from mindspeed_mm.checkpoint import store
+from mindspeed_mm.checkpoint.adapters import AdapterFolder, adapter_config, check_adapters, export_adapter
+from mindspeed_mm.checkpoint.coordination import run_together
 from mindspeed_mm.checkpoint.hf_export import export_hf
 from mindspeed_mm.checkpoint.hf_import import load_hf_weights
 from mindspeed_mm.checkpoint.publish import TRACKER
+from mindspeed_mm.checkpoint.tensors import clean_name
 from mindspeed_mm.distributed.state import print_rank_0, warn_rank_0
 from mindspeed_mm.models.transformers_model import TransformersModel
 from mindspeed_mm.optimizer.schedule import Schedule
@@ -37,6 +40,9 @@ class Checkpointer:
         self.schedule = schedule
         self._rank_state: dict[str, Any] | None = None
         self._consumed_samples = 0
+        self._has_adapters = adapter_config(hf_model(model)) is not None
+        # Weights that do not change and can be read again are not saved.
+        self._base = base_folder(args, model) if self._has_adapters else None
         self.newest: Path | None = None
         """The newest whole checkpoint that this run has saved, or started from."""
 
@@ -57,15 +63,22 @@ class Checkpointer:
         args = self.args
         resumes = args.auto_resume and args.save is not None and (Path(args.save) / TRACKER).is_file()
         folder = args.save if resumes else args.load
-        if folder is None:
+        if folder is None or self._has_adapters:
             self._load_initial_weights()
+        if folder is None:
             return 0, 0
+        step = None if resumes else args.ckpt_step
+        checked = run_together(
+            f"loading {folder}", lambda: check_adapters(store.find(folder, step), hf_model(self.model), self._base)
+        )
+        for warning in checked:
+            warn_rank_0(warning)
         loaded = store.load(
             folder,
             model=self.model,
             optimizer=None if args.no_load_optim else self.optimizer,
             strict=args.load_strict,
-            step=None if resumes else args.ckpt_step,
+            step=step,
             finetune=args.finetune and not resumes,
         )
         print_rank_0(f" loading checkpoint from {loaded.path} at iteration {loaded.iteration}")
@@ -111,7 +124,16 @@ class Checkpointer:
 
     def _load_initial_weights(self) -> None:
         source = getattr(self.model, "weights_source", None)
-        if source is not None:
+        base = self.args.load_base_model
+        if base is not None:
+            print_rank_0(f" loading the weights under the adapters from {base}")
+            if (Path(base) / "config.json").is_file():
+                warnings = load_hf_weights(hf_model(self.model), base, strict=self.args.load_strict)
+            else:
+                warnings = store.load_base(base, model=self.model, strict=self.args.load_strict)
+            for warning in warnings:
+                warn_rank_0(warning)
+        elif source is not None:
             print_rank_0(f" loading weights from {source}")
             load_hf_weights(self.model.model, source, strict=self.args.load_strict)
 
@@ -149,7 +171,7 @@ class Checkpointer:
         }
         if not args.no_save_rng:
             rank_state["rng"] = accelerator.rng_state()
-        extra: dict[str, Any] = {"consumed_train_samples": consumed_samples, "args": _plain(vars(args))}
+        extra: dict[str, Any] = {"consumed_train_samples": consumed_samples, "args": plain_values(vars(args))}
         if not args.no_save_optim:
             extra["schedule"] = self.schedule.state_dict()
         self.newest = store.save(
@@ -159,13 +181,33 @@ class Checkpointer:
             optimizer=None if args.no_save_optim else self.optimizer,
             extra=extra,
             rank_state=rank_state,
+            adapters_only=self._base is not None,
+            beside=AdapterFolder(hf_model(self.model)).write if self._has_adapters else None,
         )
         print_rank_0(f"  successfully saved checkpoint from iteration {iteration:7d} to {args.save} [ t 1/1, p 1/1 ]")
 
     def export_hf(self, folder: str) -> None:
-        """Write the trained model as a Hugging Face folder. A collective."""
-        export_hf(hf_model(self.model), folder, assets_from=getattr(self.model, "hf_path", None))
+        """Write the trained model as a Hugging Face folder. A collective.
+
+        Of a model with adapters it is a peft folder; averaged weights go to ``<folder>-ema``.
+        """
+        model, assets = hf_model(self.model), getattr(self.model, "hf_path", None)
+        if self._has_adapters:
+            export_adapter(model, folder)
+            print_rank_0(f" exported the adapters to {folder}")
+            return
+        export_hf(model, folder, assets_from=assets)
         print_rank_0(f" exported a Hugging Face folder to {folder}")
+        states = {name: self.optimizer.state.get(p, {}) for name, p in model.named_parameters()}
+        if averages := {clean_name(name): state["ema"] for name, state in states.items() if "ema" in state}:
+            folder = f"{folder.rstrip('/')}-ema"
+            export_hf(model, folder, assets_from=assets, instead=averages)
+            print_rank_0(f" exported the averaged weights to {folder}")
+
+
+def base_folder(args: Namespace, model: nn.Module) -> str | None:
+    """Return where the weights under the adapters of ``model`` can be read again, None if nowhere."""
+    return args.load_base_model or getattr(model, "pretrained_from", None)
 
 
 def hf_model(model: nn.Module) -> Any:
@@ -173,7 +215,7 @@ def hf_model(model: nn.Module) -> Any:
     return model.model if isinstance(model, TransformersModel) else model
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+def plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments that are plain values: what a checkpoint can hold without running code when read."""
     kinds = (str, int, float, bool, type(None))
     return {

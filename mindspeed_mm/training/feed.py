@@ -10,6 +10,9 @@ from torch import Tensor
 
 from mindspeed_mm.errors import UserError
 
+Check = Callable[[Any, Callable[[], list[str] | None]], None]
+"""``check(batch, samples)`` raises if the batch is not usable; ``samples()`` names its samples, None if nobody can."""
+
 
 class Feed:
     """Passes batches on, and counts the time spent waiting for them and the tokens in them.
@@ -20,14 +23,14 @@ class Feed:
     Args:
         source: the iterator behind it.
         name: what the iterator feeds, for the message when it ends too early.
-        check: called with every batch, and what names its samples (None if nobody can); raises if it is not usable.
+        check: called with every batch.
     """
 
     def __init__(
         self,
         source: Iterator[Any],
         name: str,
-        check: Callable[[Any, Callable[[], list[str] | None]], None] | None = None,
+        check: Check | None = None,
     ) -> None:
         self._source = source
         self._name = name
@@ -74,6 +77,15 @@ class Feed:
         self._batches += 1
         self.wait_seconds += time.perf_counter() - start
         return batch
+
+
+def count_samples(batch: Any) -> int:
+    """Return the first dimension of a batch: of its ``input_ids`` or ``labels``, else of its first tensor; or 1."""
+    if isinstance(batch, Mapping):
+        values = [batch.get("input_ids"), batch.get("labels"), *batch.values()]
+    else:
+        values = list(batch) if isinstance(batch, (tuple, list)) else [batch]
+    return next((len(value) for value in values if isinstance(value, Tensor) and value.ndim), 1)
 
 
 def _count_tokens(batch: Any) -> int:

@@ -14,7 +14,6 @@ from mindspeed_mm.engine.base import ForwardStep
 from mindspeed_mm.optimizer.schedule import Schedule
 from mindspeed_mm.training.evaluation import evaluate, print_losses
 from mindspeed_mm.training.exits import ExitWatch
-from mindspeed_mm.training.feed import Feed
 from mindspeed_mm.training.nonfinite import NonFinitePolicy, WatchedStep
 from mindspeed_mm.training.reporting import StepRecord, TrainingLog, merge_reports, report_memory
 from mindspeed_mm.training.step_feed import StepFeed
@@ -58,7 +57,7 @@ class Trainer:
     schedule: Schedule
     forward_step: ForwardStep
     feed: StepFeed
-    valid_iterator: Iterator[Any] | None
+    valid_iterators: dict[str, Iterator[Any]]
     num_microbatches: int
     global_batch_size: int
     cadence: Cadence
@@ -68,6 +67,8 @@ class Trainer:
     save: Callable[[], None] | None
     go_back: Callable[[], tuple[int, int]]
     """Restores the newest checkpoint; returns its iteration and consumed samples."""
+    generate: Callable[[], None] | None
+    """Called after every validation."""
     observers: list[Callable[[], None]]
     """Called after every step: profilers."""
 
@@ -94,8 +95,8 @@ class Trainer:
                 observe()
             if self.cadence.gc_interval and iteration % self.cadence.gc_interval == 0:
                 gc.collect()
-            if self.valid_iterator and self.cadence.eval_iters and iteration % self.cadence.eval_interval == 0:
-                self.evaluate(self.valid_iterator, "validation", f"iteration {iteration}")
+            if self.valid_iterators and self.cadence.eval_iters and iteration % self.cadence.eval_interval == 0:
+                self.evaluate(self.valid_iterators, "validation", f"iteration {iteration}")
             if self.save and self.cadence.save_interval and iteration % self.cadence.save_interval == 0:
                 self._save()
                 saved_at = iteration
@@ -109,19 +110,23 @@ class Trainer:
             print_rank_0(reason)
         return reason
 
-    def evaluate(self, iterator: Iterator[Any], name: str, where: str) -> dict[str, float]:
-        """Evaluate on ``eval_iters`` global batches, print and record the result."""
+    def evaluate(self, iterators: dict[str, Iterator[Any]], name: str, where: str) -> dict[str, float]:
+        """Evaluate on ``eval_iters`` global batches of each data set, print and record the result."""
         if self.cadence.gc_before_evaluation:
             gc.collect()
         losses = evaluate(
             self.engine,
             self.forward_step,
-            Feed(iterator, name, self.feed.check),
+            iterators,
             steps=self.cadence.eval_iters,
             num_microbatches=self.num_microbatches,
+            name=name,
+            check=self.feed.check,
         )
         print_losses(where, losses)
         self.log.validation(self.progress.iteration, self.progress.consumed_samples, losses)
+        if self.generate and name == "validation":
+            self.generate()
         return losses
 
     def _step(self) -> WatchedStep | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mindspeed_mm import accelerator
 from mindspeed_mm.distributed.state import data_parallel_group, is_last_rank, print_line, print_rank_last
-from mindspeed_mm.training.sinks import Sink
+from mindspeed_mm.training.sinks import Shown, Sink
 
 
 @dataclass
@@ -62,6 +62,11 @@ def read_quotients(pairs: Tensor) -> list[Any]:
     dist.all_reduce(pairs, group=data_parallel_group())
     numerator, denominator = pairs.unbind(-1)
     return torch.where(denominator == 0, numerator, numerator / denominator).tolist()
+
+
+def perplexity(loss: float) -> float:
+    """Return e to the power of a loss in nats per token, capped as Megatron's is."""
+    return math.nan if math.isnan(loss) else math.exp(min(20, loss))
 
 
 def _scalar(value: Any) -> Tensor:
@@ -195,12 +200,26 @@ class TrainingLog:
             self._metrics.flush()
 
     def validation(self, iteration: int, consumed_samples: int, losses: Mapping[str, float]) -> None:
-        """Record validation losses."""
+        """Record validation losses, and the perplexity of those that are called ``loss``."""
+        ppl = {key: perplexity(value) for key, value in losses.items() if key.partition("/")[0] == "loss"}
         if self._metrics:
-            row = {"iteration": iteration, **{f"validation {key}": value for key, value in losses.items()}}
+            row = {f"validation {key}": value for key, value in losses.items()}
+            row |= {f"validation {key} PPL": value for key, value in ppl.items()}
+            self._metrics.write(json.dumps({"iteration": iteration, **row}) + "\n")
+            self._metrics.flush()
+        curves = {f"{key} validation": value for key, value in losses.items()}
+        curves |= {f"{key} validation ppl": value for key, value in ppl.items()}
+        self._sink(curves, iteration, consumed_samples)
+
+    def generations(self, iteration: int, consumed_samples: int, accuracy: float, shown: Sequence[Shown]) -> None:
+        """Record what the model wrote for some samples, with their pictures, and how many answers were right."""
+        if self._metrics:
+            row = {"iteration": iteration, "validation exact match": accuracy}
             self._metrics.write(json.dumps(row) + "\n")
             self._metrics.flush()
-        self._sink({f"{key} validation": value for key, value in losses.items()}, iteration, consumed_samples)
+        self._sink({"exact match validation": accuracy}, iteration, consumed_samples)
+        for sink in self.sinks:
+            sink.show(shown, iteration)
 
     def close(self) -> None:
         """Write what is left and close the files. A collective."""

@@ -146,6 +146,14 @@ CASES: dict[str, tuple[Callable[[Job], Any], str]] = {
         _set("yaml", sub_modules_to_wrap=["model.language_model.layer.{*}"]),
         r"model\.language_model\.layer\.\{\*\}.*model\.language_model\.layers",
     ),
+    "a freeze pattern that matches nothing": (
+        _set("model", freeze=["model.visual", "model.language_model.layer.{0}"]),
+        r"model\.json: freeze: 'model\.language_model\.layer\.\{0\}' matches no module .*model\.language_model\.layers",
+    ),
+    "freezing everything": (
+        _set("model", freeze=["model", "lm_head.weight"]),
+        r"model\.json: every parameter is frozen, nothing is left to train\. Shorten the list 'freeze'",
+    ),
     "a global batch that does not divide": (
         _set("flags", **{"micro-batch-size": 2, "global-batch-size": 7}),
         r"--global-batch-size 7 is not a multiple of --micro-batch-size 2 x \d data-parallel ranks = \d; use ",

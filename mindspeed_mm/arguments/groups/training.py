@@ -93,7 +93,18 @@ EVALUATION = Group(
     "evaluation",
     (
         Flag("--eval-interval", integer(1), 1000, "steps between evaluations"),
-        Flag("--eval-iters", integer(0), 100, "global batches of one evaluation; 0 turns evaluation off"),
+        Flag(
+            "--eval-iters",
+            integer(-1),
+            100,
+            "global batches of one evaluation; -1 is every sample once, 0 turns evaluation off",
+        ),
+        Flag(
+            "--eval-generate",
+            integer(0),
+            0,
+            "validation samples of which the last answer is generated and compared at every evaluation",
+        ),
     ),
 )
 
