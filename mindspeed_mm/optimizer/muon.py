@@ -62,8 +62,6 @@ class MuonWithAdamW(Optimizer):
         UserError: this version of torch has no Muon.
     """
 
-    _step_supports_amp_scaling = True  # leaves everything as it is where `self.found_inf` is 1, on the device
-
     def __init__(
         self,
         matrices: Sequence[dict[str, Any]],
@@ -80,6 +78,8 @@ class MuonWithAdamW(Optimizer):
             raise UserError("--optimizer muon: no trainable parameter is a weight matrix; use --optimizer adam.")
         mine = [{**group, "momentum": momentum, "ns_steps": ns_steps, "rms": rms} for group in matrices]
         self._adamw = AdamW(others, **adam) if others else None
+        # Where `found_inf` is 1 everything is left as it is, on the device; torch's AdamW can do that if it is fused.
+        self._step_supports_amp_scaling = self._adamw is None or bool(adam.get("fused"))
         # AdamW goes on with the same dicts: what the schedule or a checkpoint writes reaches it.
         super().__init__([*mine, *(self._adamw.param_groups if self._adamw else [])], {})
         if self._adamw:
@@ -99,7 +99,7 @@ class MuonWithAdamW(Optimizer):
                     if parameter.grad is not None:
                         self._step_matrix(parameter, group, found_inf)
         if self._adamw:
-            self._adamw.found_inf = found_inf
+            self._adamw.found_inf = found_inf  # None is what it takes without one
             self._adamw.step()
         return loss
 

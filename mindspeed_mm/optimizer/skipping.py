@@ -6,18 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, Optimizer
 
 
 def skips_on_device(optimizer: Optimizer) -> bool:
     """Return whether ``optimizer`` can leave a step out without the host knowing.
 
-    torch's fused AdamW does, through the attribute ``found_inf`` that ``torch.amp.GradScaler`` uses: weights, moments
-    and step count stay as they are. (Its fused SGD keeps an uninitialised momentum if that is its first step.) A
-    subclass says so by an attribute ``skips_on_device``: what it adds to the step has to look at ``found_inf`` too.
+    torch's fused optimizers do, through the attribute ``found_inf`` that ``torch.amp.GradScaler`` uses: weights, state
+    and step count stay as they are. An optimizer says so by ``_step_supports_amp_scaling``, as torch's own do; what a
+    subclass adds to the step has to look at ``found_inf`` too. Not so SGD: torch's keeps an uninitialised momentum
+    when it is the first step that is left out.
     """
-    fused_adamw = type(optimizer) is AdamW and bool(optimizer.defaults.get("fused"))
-    return bool(getattr(optimizer, "skips_on_device", fused_adamw))
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False)) and not isinstance(optimizer, SGD)
 
 
 def step_if_finite(optimizer: Optimizer, grad_norm: Tensor) -> None:

@@ -33,12 +33,9 @@ class LeftOut:
     def __init__(self, folder: Path | None, *, resumes: bool) -> None:
         self._file = folder / LEFT_OUT_FILE if folder else None
         self.ranges: list[tuple[int, int]] = []
-        if self._file is None:
-            return
-        if resumes and self._file.exists():
+        if self._file and resumes and self._file.exists():
             self.ranges = [(first, end) for first, end in json.loads(self._file.read_text(encoding="utf-8"))]
-        dist.barrier()  # nobody reads any more
-        if not resumes and dist.get_rank() == 0:
+        if self._file and not resumes and dist.get_rank() == 0:
             self._file.unlink(missing_ok=True)
 
     def add(self, first: int, end: int) -> None:

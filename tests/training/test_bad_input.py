@@ -79,6 +79,13 @@ def _row(content: str, *images: str) -> dict[str, Any]:
     }
 
 
+BROKEN_PIXELS = """
+def forward_step(it, model):
+    batch = next(it)
+    batch["pixel_values"][0] = float("inf")
+    return model(**batch), loss_func
+"""
+
 # What is wrong, how it is brought about, and what the message must say: the place, the value and the fix.
 CASES: dict[str, tuple[Callable[[Job], Any], str]] = {
     "no data file": (_rows(None), r"train\.jsonl: no such data file; check basic_parameters\.dataset"),
@@ -211,6 +218,12 @@ CASES: dict[str, tuple[Callable[[Job], Any], str]] = {
     "a global batch without a target": (
         _batch(labels="torch.full((2, 8), -100)"),
         r"iteration 1: no sample of the global batch has a target: every label is -100, .*samples 0 to 1\)",
+    ),
+    "pixels that are not finite": (
+        lambda job: _use_callback(job, BROKEN_PIXELS),
+        r"iteration 1: not finite: loss: nan \| grad norm: nan\n  rank \d, micro-batch 1 of \d: loss nan, samples \S*"
+        r"train\.jsonl:\d\n    the batch itself is not finite: pixel_values\n  .*not finite: model\.model\.visual\."
+        r"patch_embed\.proj \(Conv3d; its input is not finite already\)",
     ),
     "no learning rate": (_set("flags", lr=None), r"--lr is missing; give the highest learning rate"),
     "two lengths of the warm-up": (
