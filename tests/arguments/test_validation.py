@@ -37,7 +37,6 @@ def problem(*argv: str, world_size: int = 1) -> str:
             "remove one",
         ),
         ("--calculate-square-loss", "--calculate-square-loss", "use --calculate-per-token-loss"),
-        ("--optimizer muon", "--optimizer muon", "use adam or sgd"),
         ("--lora-target-modules q_proj v_proj", "--lora-target-modules q_proj v_proj", "freeze parts in model.json"),
         ("--downcast-to-bf16", "--downcast-to-bf16", "param_dtype: bf16"),
         ("--stage ray_grpo", "--stage ray_grpo", "remove it"),
