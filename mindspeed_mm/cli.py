@@ -74,6 +74,24 @@ def dcp_to_hf(
     print(f"wrote {path}; load it with from_pretrained")
 
 
+@convert_app.command("lora-merge")
+def lora_merge(
+    hf_dir: Annotated[Path, typer.Option(help="Hugging Face folder of the weights under the adapters.")],
+    adapter: Annotated[Path, typer.Option(help="An adapter folder, or a checkpoint of a LoRA run.")],
+    save_dir: Annotated[Path, typer.Option(help="Folder to write; from_pretrained loads it.")],
+    dtype: Annotated[Dtype | None, typer.Option(help="Parameter dtype to write; default: that of --hf-dir.")] = None,
+    trust_remote_code: _TrustRemoteCode = False,
+) -> None:
+    """Add adapters (LoRA) to the weights they were trained on: a full Hugging Face folder."""
+    import torch
+
+    from mindspeed_mm.checkpoint.lora_merge import lora_merge
+
+    torch_dtype = getattr(torch, dtype.value) if dtype else None
+    path = lora_merge(hf_dir, adapter, save_dir, torch_dtype, trust_remote_code)
+    print(f"wrote {path}; load it with from_pretrained")
+
+
 # The documented converters differ in how they call the same folders.
 _CONVERTERS = ("Qwen3VLConverter", "ExpertMergeDcpConverter", "GenericDCPConverter")
 _METHODS: dict[str, tuple[Callable[..., None], dict[str, tuple[str, ...]]]] = {

@@ -23,8 +23,15 @@ def ranks2() -> Iterator[RankPool]:
     pool.stop()
 
 
+@pytest.fixture(params=[1, 2])
+def ranks(request: pytest.FixtureRequest) -> RankPool:
+    """One real gloo rank, then two: the test runs with each."""
+    pool: RankPool = request.getfixturevalue(f"ranks{request.param}")
+    return pool
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that ask for real ranks, so that the unit tier can leave them out."""
     for item in items:
-        if {"ranks1", "ranks2"} & set(getattr(item, "fixturenames", ())):
+        if {"ranks", "ranks1", "ranks2"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.ranks)

@@ -6,7 +6,8 @@ Face folder and exporting one at its end need no conversion; this is for those w
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ import transformers
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from transformers import AutoConfig, PreTrainedModel
 
+from mindspeed_mm.checkpoint.adapters import ADAPTER_CONFIG
 from mindspeed_mm.checkpoint.hf_export import write_hf_folder
 from mindspeed_mm.checkpoint.hf_folder import FileTensor, open_weights
 from mindspeed_mm.checkpoint.hf_import import check_import
@@ -37,17 +39,9 @@ def hf_to_dcp(hf_dir: str | Path, dcp_dir: str | Path, trust_remote_code: bool =
     Raises:
         UserError: ``hf_dir`` is not a model folder, or its weights do not fit its config.
     """
-    hf_dir = Path(hf_dir)
-    bare = model_skeleton(hf_dir, trust_remote_code)
-    shapes = {names: tensor.shape for names, tensor in named_tensors(bare).items()}
-    with open_weights(hf_dir) as stored:
-        plan = plan_import(bare, stored, [name for names in shapes for name in names])
-        if problems := check_import(plan, shapes):
-            raise UserError("\n".join([f"{hf_dir}: the weights do not fit its config.json.", *problems]))
-        owner = {name: step for step in plan.steps for name in step.outputs}
-        source = {_PREFIX + names[0]: next(name for name in names if name in owner) for names in shapes}
-        tensors = {key: owner[name].outputs[name] for key, name in source.items()}
-        planner = _StreamingPlanner(bare, stored, {key: (name, owner[name]) for key, name in source.items()})
+    with open_model(Path(hf_dir), trust_remote_code) as weights:
+        tensors = {_PREFIX + name: tensor for name, tensor in weights.on_meta().items()}
+        planner = _StreamingPlanner(weights)
         return publish(Path(dcp_dir), RELEASE, lambda folder: write_tensors(tensors, folder, planner))
 
 
@@ -74,6 +68,8 @@ def dcp_to_hf(
         UserError: there is no checkpoint, or it does not hold the weights of that model.
     """
     path = find(load_dir)
+    if (path / ADAPTER_CONFIG).is_file():
+        raise UserError(f"{path} holds adapters (LoRA): use mindspeed-mm convert lora-merge --adapter {path}")
     saved = {k: v for k, v in read_metadata(path).state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
     bare = model_skeleton(Path(model_assets_dir), trust_remote_code)
     weights = named_tensors(bare)
@@ -153,21 +149,58 @@ def model_skeleton(hf_dir: Path, trust_remote_code: bool = False) -> PreTrainedM
     return skeleton(model_class, config)
 
 
-class _StreamingPlanner(dcp.DefaultSavePlanner):
-    """Plans a save from tensors on meta and reads each weight when the writer asks for it."""
+class ModelFolder:
+    """The weights of a Hugging Face folder by the model's names, tied ones once, each read when asked for.
+
+    Attributes:
+        bare: the model's `skeleton`.
+    """
 
     def __init__(
         self, bare: PreTrainedModel, stored: dict[str, FileTensor], source: dict[str, tuple[str, ImportStep]]
     ) -> None:
-        super().__init__()
-        self._bare = bare
+        self.bare = bare
         self._stored = stored
         self._source = source
         self._at_hand: dict[str, torch.Tensor] = {}
 
-    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
-        """Return the weight; what a step gives besides it is kept until asked for."""
-        name, step = self._source[index.fqn]
+    def on_meta(self) -> dict[str, torch.Tensor]:
+        """Return all weights, on meta, in the dtypes on disk."""
+        return {key: step.outputs[name] for key, (name, step) in self._source.items()}
+
+    def read(self, key: str) -> torch.Tensor:
+        """Return one weight, for once; what a step gives besides it is kept until asked for."""
+        name, step = self._source[key]
         if name not in self._at_hand:
-            self._at_hand.update(step.run(self._bare, self._stored))
+            self._at_hand.update(step.run(self.bare, self._stored))
         return self._at_hand.pop(name)
+
+
+@contextmanager
+def open_model(hf_dir: Path, trust_remote_code: bool = False) -> Iterator[ModelFolder]:
+    """Open a Hugging Face folder to read its model's weights.
+
+    Raises:
+        UserError: ``hf_dir`` is not a model folder, or its weights do not fit its config.
+    """
+    bare = model_skeleton(hf_dir, trust_remote_code)
+    shapes = {names: tensor.shape for names, tensor in named_tensors(bare).items()}
+    with open_weights(hf_dir) as stored:
+        plan = plan_import(bare, stored, [name for names in shapes for name in names])
+        if problems := check_import(plan, shapes):
+            raise UserError("\n".join([f"{hf_dir}: the weights do not fit its config.json.", *problems]))
+        owner = {name: step for step in plan.steps for name in step.outputs}
+        source = {names[0]: next(name for name in names if name in owner) for names in shapes}
+        yield ModelFolder(bare, stored, {key: (name, owner[name]) for key, name in source.items()})
+
+
+class _StreamingPlanner(dcp.DefaultSavePlanner):
+    """Plans a save from tensors on meta and reads each weight when the writer asks for it."""
+
+    def __init__(self, weights: ModelFolder) -> None:
+        super().__init__()
+        self._weights = weights
+
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        """Return the weight."""
+        return self._weights.read(index.fqn.removeprefix(_PREFIX))

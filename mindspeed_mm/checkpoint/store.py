@@ -13,11 +13,11 @@ Nothing but DCP's ``.metadata`` index is a pickle that could run code.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -70,6 +70,8 @@ def save(
     optimizer: Optimizer | None,
     extra: dict[str, Any],
     rank_state: dict[str, Any],
+    adapters_only: bool = False,
+    beside: Callable[[Path], None] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Save a checkpoint and make it the newest one; every rank calls this.
@@ -81,12 +83,15 @@ def save(
         optimizer: its state, or None to leave it out.
         extra: plain values that are the same on all ranks (scheduler, consumed samples); rank 0's are saved.
         rank_state: plain values of this rank (random state, data position).
+        adapters_only: leave out the weights under the adapters, which can be read again where they came from.
+        beside: writes further files into the checkpoint's folder; called on every rank, must not communicate.
         group: ranks that save; default all.
 
     Raises:
         UserError: a rank could not write; raised on all ranks. Earlier checkpoints are untouched.
     """
-    tensors = {MODEL + names[0]: tensor for names, tensor in named_tensors(model).items()}
+    part: Literal["all", "adapters"] = "adapters" if adapters_only else "all"
+    tensors = {MODEL + names[0]: tensor for names, tensor in named_tensors(model, part).items()}
     state = {"iteration": iteration, "world_size": world_size(), "extra": extra, "optimizer_groups": None}
     if optimizer is not None:
         tensors |= optimizer_tensors(model, optimizer)
@@ -95,6 +100,8 @@ def save(
     def write(folder: Path) -> None:
         write_tensors(tensors, folder, group=group)
         write_python_state(folder / _rank_file(rank()), rank_state)
+        if beside is not None:
+            beside(folder)
         if rank() == 0:
             write_python_state(folder / _STATE, state)
 
@@ -113,6 +120,8 @@ def load(
 ) -> LoadedCheckpoint:
     """Load a checkpoint into ``model`` and ``optimizer``; every rank calls this.
 
+    A checkpoint of adapters alone leaves the weights under them as they are.
+
     Args:
         load_dir: the folder that holds the tracker file, or one checkpoint's folder.
         model: plain or sharded, with storage (not on meta).
@@ -130,7 +139,8 @@ def load(
     def prepare() -> tuple[Path, dict[str, Any], dict[str, torch.Tensor], list[str]]:
         path = find(load_dir, step)
         metadata = read_metadata(path)
-        tensors, problems = _match(model, metadata)
+        saved = _weights(metadata)
+        tensors, problems = _match(_wanted(model, saved), saved)
         if problems and strict:
             raise UserError("\n".join([f"{path} does not fit the model.", *problems, _STRICT_HINT]))
         if finetune or path.name == RELEASE:
@@ -159,16 +169,52 @@ _WEIGHTS_ONLY: dict[str, Any] = {"iteration": 0, "extra": {}, "world_size": None
 _STRICT_HINT = "Load it with the model it was saved from, or pass --load-strict false to take what fits."
 
 
-def _match(model: nn.Module, metadata: Metadata) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Pair the model's tensors with the checkpoint's; return these by key, and what does not match."""
-    saved = {
+def load_base(
+    load_dir: str | Path, *, model: nn.Module, strict: bool = True, group: dist.ProcessGroup | None = None
+) -> list[str]:
+    """Load a full checkpoint's weights under the adapters of ``model``; every rank calls this.
+
+    Returns:
+        Lines about weights that did not match, when ``strict`` is off.
+
+    Raises:
+        UserError: there is no checkpoint, it cannot be read, or it does not fit.
+    """
+
+    def prepare() -> tuple[Path, dict[str, torch.Tensor], list[str]]:
+        path = find(load_dir)
+        tensors, problems = _match(named_tensors(model, "base"), _weights(read_metadata(path)))
+        if problems and strict:
+            raise UserError("\n".join([f"--load-base-model {path} does not fit the model.", *problems, _STRICT_HINT]))
+        return path, tensors, problems
+
+    path, tensors, problems = run_together(f"loading {load_dir}", prepare, group)
+    run_together(f"reading {path}", lambda: read_tensors(tensors, path, group=group), group)
+    return list(problems)
+
+
+def _weights(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    return {
         key.removeprefix(MODEL): entry
         for key, entry in metadata.state_dict_metadata.items()
         if key.startswith(MODEL) and isinstance(entry, TensorStorageMetadata) and not key.endswith("_extra_state")
     }
+
+
+def _wanted(model: nn.Module, saved: Iterable[str]) -> dict[tuple[str, ...], torch.Tensor]:
+    """Return the model's tensors that a checkpoint should have: the adapters, if it has nothing but adapters."""
+    adapters = named_tensors(model, "adapters")
+    alone = adapters and {name for names in adapters for name in names}.issuperset(saved)
+    return adapters if alone else named_tensors(model)
+
+
+def _match(
+    wanted: dict[tuple[str, ...], torch.Tensor], saved: dict[str, TensorStorageMetadata]
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Pair the model's tensors with the checkpoint's; return these by key, and what does not match."""
     tensors, missing, reshaped = {}, [], []
     known: set[str] = set()
-    for names, tensor in named_tensors(model).items():
+    for names, tensor in wanted.items():
         known.update(names)
         name = next((name for name in names if name in saved), None)
         if name is None:

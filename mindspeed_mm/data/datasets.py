@@ -54,6 +54,11 @@ class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
         row = self.rows[index]
         return self.encoder.encode(row["messages"], row["images"], self.files.where(row["file"], row["row"]))
 
+    def where(self, index: int) -> str:
+        """Return file and line (or number) of a row, for messages."""
+        row = self.rows[index]
+        return self.files.where(row["file"], row["row"])
+
     def question(self, index: int) -> Question:
         """Return one row without its last answer; see `Question`."""
         row = self.rows[index]

@@ -96,11 +96,14 @@ class ConversationEncoder:
         pictures = [load_image(path, where, options.image_max_pixels, options.image_min_pixels) for path in images]
         try:
             prompt = self._renderer.render(messages)
-            return self._shorten(*self._tokenize(prompt, pictures), where)
+            sample = self._shorten(*self._tokenize(prompt, pictures), where)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         except Exception as error:  # templates and processors are the model's own code
             raise UserError(f"{where}: the model's processor refuses this row: {error}") from error
+        if (sample["labels"][1:] == IGNORE_INDEX).all():
+            raise UserError(f"{where}: no token of the row has a label, so nothing can be learnt from it; remove it")
+        return sample
 
     def encode_question(
         self, messages: list[dict[str, str]], images: list[str], where: str

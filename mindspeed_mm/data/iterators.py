@@ -63,12 +63,20 @@ class CyclicIterator:
     def state_dict(self) -> dict[str, Any]:
         """Return the position, in types that ``torch.load(weights_only=True)`` accepts."""
         # After a restore that nothing followed, the loader was not opened yet: its start state still counts.
-        return {"epoch": self._epoch, "batch": self._batch, "start_state": self._start_state if self._batch else None}
+        return {
+            "epoch": self._epoch,
+            "batch": self._batch,
+            "start_state": self._start_state if self._batch else None,
+            "own": self._own_states(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at a saved position; takes effect with the next batch."""
         self._epoch, self._batch, self._start_state = state["epoch"], state["batch"], state["start_state"]
         self._batches = None
+        self._set_own_states(state.get("own", {}))  # matters when this process has drawn from them in the meantime
+        if getattr(self.loader, "_iterator", None) is not None:
+            self.loader._iterator = None  # type: ignore[attr-defined]  # its workers have fetched ahead elsewhere
 
     def seek(self, batches: int) -> None:
         """Continue after ``batches`` batches from the very start, for a position saved at another world size.
@@ -78,6 +86,19 @@ class CyclicIterator:
         length = _length(self.loader)
         epoch, batch = divmod(batches, length) if length else (0, batches)
         self.load_state_dict({"epoch": epoch, "batch": batch, "start_state": None})
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Epoch and number (both from 0) of the batch that was returned last."""
+        return self._epoch, self._batch - 1
+
+    def samples_at(self, place: tuple[int, int]) -> list[str] | None:
+        """Name the samples of the batch at ``place``; None where the loader's sampler cannot tell."""
+        indices = getattr(getattr(self.loader, "batch_sampler", None), "indices", None)
+        if indices is None:
+            return None
+        where = getattr(self.loader.dataset, "where", "sample {}".format)  # type: ignore[attr-defined]
+        return [where(index) for index in indices(*place)]
 
     def one_pass(self) -> Iterator[Any]:
         """Return one pass over the loader's data from its beginning, which leaves the position as it is.
@@ -113,13 +134,19 @@ class CyclicIterator:
         return batches
 
     def _random_state(self) -> dict[str, Any]:
-        own = {name: g.get_state() for name, g in _generators(self.loader).items()}
-        return {"global": accelerator.rng_state(), "own": own}
+        return {"global": accelerator.rng_state(), "own": self._own_states()}
 
     def _set_random_state(self, state: dict[str, Any]) -> None:
         accelerator.set_rng_state(state["global"])
+        self._set_own_states(state["own"])
+
+    def _own_states(self) -> dict[str, Any]:
+        return {name: generator.get_state() for name, generator in _generators(self.loader).items()}
+
+    def _set_own_states(self, states: dict[str, Any]) -> None:
         for name, generator in _generators(self.loader).items():
-            generator.set_state(state["own"][name])
+            if name in states:
+                generator.set_state(states[name])
 
 
 class _StartAt:

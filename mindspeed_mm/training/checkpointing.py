@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 
 from mindspeed_mm import accelerator
 from mindspeed_mm.checkpoint import store
+from mindspeed_mm.checkpoint.adapters import AdapterFolder, adapter_config, check_adapters, export_adapter
+from mindspeed_mm.checkpoint.coordination import run_together
 from mindspeed_mm.checkpoint.hf_export import export_hf
 from mindspeed_mm.checkpoint.hf_import import load_hf_weights
 from mindspeed_mm.checkpoint.publish import TRACKER
@@ -38,6 +40,16 @@ class Checkpointer:
         self.schedule = schedule
         self._rank_state: dict[str, Any] | None = None
         self._consumed_samples = 0
+        self._has_adapters = adapter_config(hf_model(model)) is not None
+        # Weights that do not change and can be read again are not saved.
+        self._base = base_folder(args, model) if self._has_adapters else None
+        self.newest: Path | None = None
+        """The newest whole checkpoint that this run has saved, or started from."""
+
+    @property
+    def resumes_itself(self) -> bool:
+        """Whether the run goes on from a checkpoint in its own ``--save``."""
+        return self.newest is not None and self.newest.parent.resolve() == Path(self.args.save or "").resolve()
 
     def load(self) -> tuple[int, int]:
         """Load the newest checkpoint under ``--auto-resume``, else what ``--load`` names, else initial weights.
@@ -51,15 +63,22 @@ class Checkpointer:
         args = self.args
         resumes = args.auto_resume and args.save is not None and (Path(args.save) / TRACKER).is_file()
         folder = args.save if resumes else args.load
-        if folder is None:
+        if folder is None or self._has_adapters:
             self._load_initial_weights()
+        if folder is None:
             return 0, 0
+        step = None if resumes else args.ckpt_step
+        checked = run_together(
+            f"loading {folder}", lambda: check_adapters(store.find(folder, step), hf_model(self.model), self._base)
+        )
+        for warning in checked:
+            warn_rank_0(warning)
         loaded = store.load(
             folder,
             model=self.model,
             optimizer=None if args.no_load_optim else self.optimizer,
             strict=args.load_strict,
-            step=None if resumes else args.ckpt_step,
+            step=step,
             finetune=args.finetune and not resumes,
         )
         print_rank_0(f" loading checkpoint from {loaded.path} at iteration {loaded.iteration}")
@@ -71,6 +90,7 @@ class Checkpointer:
             self.schedule.load_state_dict(loaded.extra["schedule"])
         self._rank_state = loaded.rank_state
         self._consumed_samples = loaded.extra["consumed_train_samples"]
+        self.newest = loaded.path
         if loaded.rank_state is None:
             warn_rank_0(
                 f"{loaded.path} was saved by another number of ranks: the sample order continues where it was, "
@@ -78,9 +98,42 @@ class Checkpointer:
             )
         return loaded.iteration, self._consumed_samples
 
+    def go_back(self, iterators: Mapping[str, Any]) -> tuple[int, int]:
+        """Put everything back to the newest checkpoint of this run. A collective.
+
+        Returns:
+            The iteration and the number of consumed training samples to continue from.
+        """
+        assert self.newest is not None
+        loaded = store.load(self.newest, model=self.model, optimizer=self.optimizer)
+        print_rank_0(f" going back to checkpoint {loaded.path} at iteration {loaded.iteration}")
+        self.schedule.load_state_dict(loaded.extra["schedule"])
+        self._rank_state, self._consumed_samples = loaded.rank_state, loaded.extra["consumed_train_samples"]
+        self.restore_iterators(iterators)
+        self.restore_rng()
+        return loaded.iteration, self._consumed_samples
+
+    def where_to_resume(self) -> str:
+        """Tell how to continue after the run has ended without saving its last state."""
+        if self.newest is None:
+            return "no checkpoint was saved before it: start over" + (
+                ", with a smaller --save-interval" if self.args.save else ", with --save and --save-interval"
+            )
+        iteration = int(self.newest.name.removeprefix("iter_"))
+        return f"resume from iteration {iteration}: --load {self.newest.parent}"
+
     def _load_initial_weights(self) -> None:
         source = getattr(self.model, "weights_source", None)
-        if source is not None:
+        base = self.args.load_base_model
+        if base is not None:
+            print_rank_0(f" loading the weights under the adapters from {base}")
+            if (Path(base) / "config.json").is_file():
+                warnings = load_hf_weights(hf_model(self.model), base, strict=self.args.load_strict)
+            else:
+                warnings = store.load_base(base, model=self.model, strict=self.args.load_strict)
+            for warning in warnings:
+                warn_rank_0(warning)
+        elif source is not None:
             print_rank_0(f" loading weights from {source}")
             load_hf_weights(self.model.model, source, strict=self.args.load_strict)
 
@@ -121,19 +174,28 @@ class Checkpointer:
         extra: dict[str, Any] = {"consumed_train_samples": consumed_samples, "args": plain_values(vars(args))}
         if not args.no_save_optim:
             extra["schedule"] = self.schedule.state_dict()
-        store.save(
+        self.newest = store.save(
             args.save,
             iteration,
             model=self.model,
             optimizer=None if args.no_save_optim else self.optimizer,
             extra=extra,
             rank_state=rank_state,
+            adapters_only=self._base is not None,
+            beside=AdapterFolder(hf_model(self.model)).write if self._has_adapters else None,
         )
         print_rank_0(f"  successfully saved checkpoint from iteration {iteration:7d} to {args.save} [ t 1/1, p 1/1 ]")
 
     def export_hf(self, folder: str) -> None:
-        """Write the trained model as a Hugging Face folder, and averaged weights as ``<folder>-ema``. A collective."""
+        """Write the trained model as a Hugging Face folder. A collective.
+
+        Of a model with adapters it is a peft folder; averaged weights go to ``<folder>-ema``.
+        """
         model, assets = hf_model(self.model), getattr(self.model, "hf_path", None)
+        if self._has_adapters:
+            export_adapter(model, folder)
+            print_rank_0(f" exported the adapters to {folder}")
+            return
         export_hf(model, folder, assets_from=assets)
         print_rank_0(f" exported a Hugging Face folder to {folder}")
         states = {name: self.optimizer.state.get(p, {}) for name, p in model.named_parameters()}
@@ -141,6 +203,11 @@ class Checkpointer:
             folder = f"{folder.rstrip('/')}-ema"
             export_hf(model, folder, assets_from=assets, instead=averages)
             print_rank_0(f" exported the averaged weights to {folder}")
+
+
+def base_folder(args: Namespace, model: nn.Module) -> str | None:
+    """Return where the weights under the adapters of ``model`` can be read again, None if nowhere."""
+    return args.load_base_model or getattr(model, "pretrained_from", None)
 
 
 def hf_model(model: nn.Module) -> Any:

@@ -16,7 +16,7 @@ from mindspeed_mm.distributed.state import data_parallel_group, print_rank_last
 from mindspeed_mm.engine import Engine
 from mindspeed_mm.engine.base import ForwardStep, Report
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.training.feed import Feed, count_samples
+from mindspeed_mm.training.feed import Check, Feed, count_samples
 from mindspeed_mm.training.reporting import merge_reports, perplexity, read_quotients
 
 FULL_PASS = -1
@@ -31,6 +31,7 @@ def evaluate(
     steps: int,
     num_microbatches: int,
     name: str,
+    check: Check | None = None,
 ) -> dict[str, float]:
     """Return each reported value of each data set, averaged, without gradients and in eval mode.
 
@@ -44,14 +45,15 @@ def evaluate(
             samples once, from the beginning, and counts a micro-batch that is not full by its samples.
         num_microbatches: micro-batches in a global batch.
         name: what the iterators feed, for messages.
+        check: see :class:`~mindspeed_mm.training.feed.Feed`.
     """
     values: dict[str, float] = {}
     with undisturbed(engine.module):
         for dataset, iterator in iterators.items():
             if steps == FULL_PASS:
-                totals = _full_pass(engine, forward_step, iterator, name)
+                totals = _full_pass(engine, forward_step, iterator, name, check)
             else:
-                totals = _steps(engine, forward_step, Feed(iterator, name), steps, num_microbatches)
+                totals = _steps(engine, forward_step, Feed(iterator, name, check), steps, num_microbatches)
             means = read_quotients(torch.stack(list(totals.values())))
             values |= {f"{key}/{dataset}" if dataset else key: v for key, v in zip(totals, means, strict=True)}
     return values
@@ -103,10 +105,12 @@ def _steps(
     return totals
 
 
-def _full_pass(engine: Engine, forward_step: ForwardStep, iterator: Any, name: str) -> dict[str, Tensor]:
+def _full_pass(
+    engine: Engine, forward_step: ForwardStep, iterator: Any, name: str, check: Check | None
+) -> dict[str, Tensor]:
     totals: dict[str, Tensor] = {}
     for batch, samples in _in_step(iterator, name):
-        reports = engine.forward_backward(forward_step, Feed(iter([batch]), name), 1, forward_only=True)
+        reports = engine.forward_backward(forward_step, Feed(iter([batch]), name, check), 1, forward_only=True)
         _add(totals, [_weighted(report, samples) for report in reports])
     return totals
 

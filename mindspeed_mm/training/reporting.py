@@ -35,7 +35,7 @@ class StepRecord:
     seconds: float
     data_wait_seconds: float
     tokens: int
-    skipped: bool
+    skipped: bool = False
 
 
 def merge_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -149,9 +149,12 @@ class TrainingLog:
         self._progress = _start_progress(train_iters) if self._writes and sys.stdout.isatty() else None
 
     def add(self, record: StepRecord) -> None:
-        """Take a step; every ``log_interval`` iterations everything taken so far is read and written."""
+        """Take a step."""
         self._records.append(record)
-        if record.iteration % self.log_interval == 0:
+
+    def write(self) -> None:
+        """Print the line, and write everything taken so far, if the last step taken is one that logs."""
+        if self._records and self._records[-1].iteration % self.log_interval == 0:
             self.flush(print_line=True)
 
     def flush(self, print_line: bool = False) -> None:
@@ -178,6 +181,23 @@ class TrainingLog:
             self._metrics.flush()
         if print_line:
             self._print(records, rows, keys)
+
+    def roll_back(self, bad: StepRecord, iteration: int, samples: Sequence[tuple[int, int]]) -> None:
+        """Write everything down, then drop the rows after ``iteration``, where the run goes on. A collective.
+
+        What made it go back stays: a row ``{"iteration", "rolled_back", "left_out_samples"}`` holds the row of the
+        bad step, and all ranges of samples ``[first, end)`` that are left out from here on.
+        """
+        self.flush(print_line=True)
+        if self._metrics:
+            path = Path(self._metrics.name)
+            self._metrics.close()
+            rows = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+            cause = [row for row in rows if row["iteration"] == bad.iteration and row.get("skipped")][-1]
+            self._metrics = _open_metrics(path, iteration, continues=True)
+            row = {"iteration": iteration, "rolled_back": cause, "left_out_samples": list(samples)}
+            self._metrics.write(json.dumps(row) + "\n")
+            self._metrics.flush()
 
     def validation(self, iteration: int, consumed_samples: int, losses: Mapping[str, float]) -> None:
         """Record validation losses, and the perplexity of those that are called ``loss``."""
@@ -228,6 +248,7 @@ class TrainingLog:
             "tokens_per_second": tokens / record.seconds,
             "memory_bytes": accelerator.memory_stats()["max_allocated"],
             "skipped": record.skipped,
+            "nan": not all(math.isfinite(value) for key, value in numbers.items() if key != "grad_norm"),
         }
 
     def _print(self, records: list[StepRecord], rows: list[dict[str, Any]], keys: list[str]) -> None:
@@ -247,7 +268,7 @@ class TrainingLog:
             values={key: sum(row[key] for row in kept) / len(kept) for key in keys},
             grad_norm=rows[-1]["grad_norm"],
             skipped=sum(r.skipped for r in records),
-            nan=sum(any(row[key] != row[key] for key in keys) for row in rows),
+            nan=sum(row["nan"] for row in rows),
             tflops=tflops,
         )
         if self._progress:
@@ -292,9 +313,9 @@ def report_memory(iteration: int) -> None:
     )
 
 
-def _open_metrics(path: Path, start_iteration: int) -> Any:
+def _open_metrics(path: Path, start_iteration: int, continues: bool = False) -> Any:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and start_iteration == 0:
+    if path.exists() and start_iteration == 0 and not continues:
         path.rename(path.with_name(f"metrics-until-{datetime.now():%Y%m%d-%H%M%S-%f}.jsonl"))  # another run's
     elif path.exists():
         complete = [text for text in path.read_text(encoding="utf-8").splitlines(keepends=True) if text.endswith("\n")]

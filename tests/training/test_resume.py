@@ -44,11 +44,6 @@ def assert_same_run(resumed: Path, straight: Path) -> None:
     assert not [key for key, value in expected.items() if not torch.equal(value, actual[key])]
 
 
-@pytest.fixture(params=[1, 2])
-def ranks(request: pytest.FixtureRequest) -> RankPool:
-    return request.getfixturevalue(f"ranks{request.param}")
-
-
 @pytest.mark.parametrize("accumulation", ["", "--global-batch-size=8"])
 def test_ten_steps_are_five_and_five(ranks: RankPool, tmp_path: Path, accumulation: str) -> None:
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"

@@ -38,15 +38,11 @@ def with_dropout(job: Job, hf_folder: Path, tmp_path: Path) -> Job:
     return job
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_ten_steps_are_five_and_five_with_dropout(
-    with_dropout: Job, world_size: int, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    pool = request.getfixturevalue(f"ranks{world_size}")
+def test_ten_steps_are_five_and_five_with_dropout(with_dropout: Job, ranks: RankPool, tmp_path: Path) -> None:
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    run(pool, with_dropout, save=straight)
-    run(pool, with_dropout, save=resumed, train_iters=5)
-    run(pool, with_dropout, save=resumed, load=resumed)
+    run(ranks, with_dropout, save=straight)
+    run(ranks, with_dropout, save=resumed, train_iters=5)
+    run(ranks, with_dropout, save=resumed, load=resumed)
     assert losses(resumed) == losses(straight)
     expected, actual = (tensors(folder / "iter_0000010") for folder in (straight, resumed))
     assert expected.keys() == actual.keys()
