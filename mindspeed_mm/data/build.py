@@ -21,6 +21,7 @@ from mindspeed_mm.data.loaders import MultiModalDataLoader
 from mindspeed_mm.data.quarantine import Quarantine
 from mindspeed_mm.data.rows import RowFiles
 from mindspeed_mm.data.samplers import DistributedBatchSampler
+from mindspeed_mm.data.templates import resolve_template
 from mindspeed_mm.errors import UserError, did_you_mean
 
 
@@ -52,6 +53,7 @@ def build_mm_dataset(dataset_param: Any) -> ConversationDataset | tuple[Conversa
         if not value:
             raise UserError(f"data.json: dataset_param.{key} is required; set it to a path")
 
+    chat_template, may_think = resolve_template(basic.template)
     read = read_document if attr.pretrain else find_format(attr.formatting)
     keep_bad = _keeps_bad(param)
 
@@ -66,7 +68,8 @@ def build_mm_dataset(dataset_param: Any) -> ConversationDataset | tuple[Conversa
         EncodingOptions(
             folder=preprocess.model_name_or_path,
             trust_remote_code=preprocess.trust_remote_code,
-            enable_thinking=basic.enable_thinking,
+            chat_template=chat_template,
+            enable_thinking=basic.enable_thinking and may_think,
             seq_length=basic.seq_length,
             train_on_prompt=basic.train_on_prompt,
             mask_history=basic.mask_history,

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mindspeed_mm.data.formats import Format, FormatError
+from mindspeed_mm.data.formats import Format, FormatError, text
 from mindspeed_mm.data.media import locate
 from mindspeed_mm.data.quarantine import BadSample
 from mindspeed_mm.data.rows import RowFiles, Unreadable
@@ -67,7 +67,7 @@ def read_conversations(
             try:
                 if isinstance(value, Unreadable):
                     raise FormatError(value.reason)
-                found = {**_conversation(read(value, attr), attr, media_folder), "problem": None}
+                found = {**_conversation(_read(value, read, attr), attr, media_folder), "problem": None}
             except FormatError as error:
                 if not keep_bad:
                     raise BadSample(files.where(file, row), str(error)) from None
@@ -79,6 +79,23 @@ def read_conversations(
     while chunk := list(islice(rows, _BATCH)):
         batches.append(pa.RecordBatch.from_pylist(chunk, schema=schema))
     return datasets.Dataset(datasets.table.InMemoryTable(pa.Table.from_batches(batches, schema=schema)))
+
+
+def _read(row: Mapping[str, Any], read: Format, attr: Any) -> Mapping[str, Any]:
+    try:
+        found = read(row, attr)
+        for number, message in enumerate(found["messages"], start=1):
+            text(message["role"], f"message {number}: the role")
+            text(message["content"], f"message {number}: the content")
+        for kind in PLACEHOLDERS:
+            for file in found.get(kind) or []:
+                text(file, f"a file of {kind!r}")
+        return found
+    except FormatError:
+        raise
+    except Exception as error:  # a function of the user's that a row is too much for
+        problem = f"{type(error).__name__}: {error}"
+        raise FormatError(f"the format {attr.get('formatting')!r} cannot read this row: {problem}") from error
 
 
 def _conversation(found: Mapping[str, Any], attr: Any, media_folder: str | Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ _BASIC, _PREPROCESS, _ATTR = "basic_parameters", "preprocess_parameters", "attr"
 
 # (section, keys, why they have no effect)
 _WITHOUT_EFFECT: list[tuple[str, tuple[str, ...], str]] = [
-    (_BASIC, ("template", "tool_format"), "prompts are rendered by the chat template of the model's own folder"),
+    (_BASIC, ("tool_format",), "tools are written as the model's chat template does"),
     (
         _BASIC,
         (
