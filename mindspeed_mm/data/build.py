@@ -17,7 +17,7 @@ from mindspeed_mm.data.datasets import ConversationDataset
 from mindspeed_mm.data.encoding import ConversationEncoder, EncodingOptions
 from mindspeed_mm.data.keys import check_dataloader_keys, check_dataset_keys
 from mindspeed_mm.data.loaders import MultiModalDataLoader
-from mindspeed_mm.data.samplers import DistributedBatchSampler
+from mindspeed_mm.data.planning import build_sampler
 from mindspeed_mm.errors import UserError, did_you_mean
 
 
@@ -100,24 +100,14 @@ def build_mm_dataloader(
     """
     param = _typed(dataloader_param, "dataloader_param")
     check_dataloader_keys(param)
-    ranks = dist.get_world_size(process_group) if dist.is_initialized() else 1
-    batch_size = param.batch_size or 1
-    sequential = param.sampler_type == "SequentialSampler" and param.dataloader_mode == "sampler"
-    sampler = DistributedBatchSampler(
-        len(dataset),
-        batch_size,
-        rank=dist.get_rank(process_group) if dist.is_initialized() else 0,
-        num_ranks=ranks,
-        shuffle=param.shuffle and not sequential,
-        seed=param.seed or 0,
-        drop_last=param.drop_last,
+    grouped = dist.is_initialized()
+    sampler = build_sampler(
+        dataset,
+        param,
+        rank=dist.get_rank(process_group) if grouped else 0,
+        ranks=dist.get_world_size(process_group) if grouped else 1,
         consumed_samples=consumed_samples,
     )
-    if not len(sampler):
-        raise UserError(
-            f"data.json: the data set has {len(dataset)} samples, fewer than one micro batch of all ranks "
-            f"({batch_size} x {ranks}); lower --micro-batch-size or set dataloader_param.drop_last to false"
-        )
     workers = param.num_workers or 0
     if workers:
         # Tokenizers that ran before the fork warn and switch their threads off in every worker; a worker needs none.

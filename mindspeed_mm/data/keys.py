@@ -43,10 +43,9 @@ _NOT_AVAILABLE: list[tuple[str, tuple[str, ...]]] = [
     (_PREPROCESS, ("split_special_tokens", "image_do_pan_and_scan", "use_audio_in_video")),
     (_ATTR, ("ranking", "chosen", "rejected")),
 ]
-_SAMPLERS = ("stateful_distributed_sampler", "BaseRandomBatchSampler", "SequentialSampler")
+_SAMPLERS = ("stateful_distributed_sampler", "BaseRandomBatchSampler", "SequentialSampler", "LengthGroupedSampler")
 _LOADER_NOT_AVAILABLE = (
     "data_sharding",
-    "group_data",
     "group_frame",
     "group_resolution",
     "priority_mode",

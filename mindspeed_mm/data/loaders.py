@@ -53,7 +53,7 @@ class MultiModalDataLoader(StatefulDataLoader):
 
     def stand_in(self) -> Any:
         """Return a batch of the first sample, for a rank to which a pass gives none."""
-        return _raise_mistake(self.collate_fn([self.dataset[0]]))
+        return _raise_mistake(self.collate_fn([self.dataset[sample] for sample in self.batch_sampler.stand_in()]))
 
 
 class _Guarded(Dataset[Any]):

@@ -173,7 +173,7 @@ def test_keys_that_would_change_the_samples_are_refused(section, values, problem
             {"sampler_type": "BucketBatchSampler"},
             r"sampler_type: 'BucketBatchSampler' is not available yet; use one of",
         ),
-        ({"group_data": True}, r"group_data: True is not available"),
+        ({"group_frame": True}, r"group_frame: True is not available"),
         (
             {"collate_param": {"model_name": "qwen3v"}},
             r"model_name: 'qwen3v' is not available; .*Did you mean 'qwen3vl'",
