@@ -9,8 +9,8 @@ def balance(work: np.ndarray, micro_batches: int, ranks: int) -> np.ndarray:
     """Spread a global batch over ranks and micro batches.
 
     Sharded ranks run every micro batch in step, so a step lasts as long as the sum over micro batches of the most
-    work that a rank has in each. Units are sorted by their work and cut into micro batches of all ranks: what runs
-    at the same time is alike. Within one, the next largest unit goes to the rank with room to which it adds the
+    work that a rank has in each. Units are sorted by the kind of work of which they have the largest share, and cut
+    into micro batches of all ranks: what runs at the same time is alike. Within one, the next largest unit goes to the rank with room to which it adds the
     least square of work, of each kind for itself, and, if several are alike, to the one with the least work before.
 
     Args:
@@ -26,7 +26,7 @@ def balance(work: np.ndarray, micro_batches: int, ranks: int) -> np.ndarray:
     room = len(work) // (micro_batches * ranks)
     before = np.zeros_like(work, shape=(ranks, work.shape[1]))
     result = np.empty((micro_batches, ranks, room), dtype=np.int64)
-    order = np.argsort(-work.sum(axis=1), kind="stable")
+    order = np.argsort(-work.max(axis=1), kind="stable")
     for number, layer in enumerate(order.reshape(micro_batches, -1)):
         load = np.zeros_like(before)
         count = np.zeros(ranks, dtype=int)
