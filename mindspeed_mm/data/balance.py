@@ -10,8 +10,9 @@ def balance(work: np.ndarray, micro_batches: int, ranks: int) -> np.ndarray:
 
     Sharded ranks run every micro batch in step, so a step lasts as long as the sum over micro batches of the most
     work that a rank has in each. Units are sorted by the kind of work of which they have the largest share, and cut
-    into micro batches of all ranks: what runs at the same time is alike. Within one, the next largest unit goes to the rank with room to which it adds the
-    least square of work, of each kind for itself, and, if several are alike, to the one with the least work before.
+    into micro batches of all ranks: what runs at the same time is alike. Within one, the next unit goes to the rank
+    with room to which it adds the least square of work, of each kind for itself, and, if several are alike, to the
+    one with the least work before.
 
     Args:
         work: of each unit, (G, K): K kinds (tokens, image patches), each weighed by its share in the global batch.

@@ -37,15 +37,23 @@ class MixedDataset(ConcatDataset[Any]):
 
     def where(self, index: int) -> str:
         """Name a sample, for messages."""
-        part = int(np.searchsorted(self.cumulative_sizes, index, side="right"))
-        index -= self.cumulative_sizes[part - 1] if part else 0
+        part, index = self._locate(index)
         return str(getattr(self.parts[part], "where", f"data set {part}, sample {{}}".format)(index))
+
+    def question(self, index: int) -> Any:
+        """Return a sample without its last answer; see ``ConversationDataset.question``."""
+        part, index = self._locate(index)
+        return self.parts[part].question(index)
 
     def train_test_split(self, test_size: float, seed: int) -> dict[str, Any]:
         """Split each set; see ``ConversationDataset.train_test_split``. The held-out parts are not mixed."""
         splits = [part.train_test_split(test_size=test_size, seed=seed) for part in self.parts]
         train = MixedDataset([split["train"] for split in splits], self._repeat_times, self._weights)
         return {"train": train, "test": MixedDataset([split["test"] for split in splits], [1.0] * len(splits))}
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        part = int(np.searchsorted(self.cumulative_sizes, index, side="right"))
+        return part, index - (self.cumulative_sizes[part - 1] if part else 0)
 
     def __getattr__(self, name: str) -> Any:
         """Return what the first set has, its encoder say: they are of the same kind."""

@@ -51,7 +51,7 @@ class Rows(Dataset):
         numbers = list(range(rows))
         self.files = [numbers[: rows // 4], numbers[rows // 4 : rows // 2 + 3], numbers[rows // 2 + 3 :]]
 
-    def stream(self, epoch: int) -> datasets.IterableDataset:
+    def stream(self, epoch: int, seed: int | None) -> datasets.IterableDataset:
         files = self.files[epoch % 3 :] + self.files[: epoch % 3]
         return datasets.IterableDataset.from_generator(read, gen_kwargs={"files": files})
 
