@@ -62,23 +62,32 @@ def read_conversations(
     columns = [("messages", pa.list_(message)), *((name, pa.list_(pa.string())) for name in PLACEHOLDERS)]
     schema = pa.schema([*columns, ("tools", "string"), ("problem", "string"), ("file", "int32"), ("row", "int32")])
 
-    def aligned() -> Iterator[dict[str, Any]]:
-        for file, row, value in islice(files, max_samples):
-            try:
-                if isinstance(value, Unreadable):
-                    raise FormatError(value.reason)
-                found = {**_conversation(_read(value, read, attr), attr, media_folder), "problem": None}
-            except FormatError as error:
-                if not keep_bad:
-                    raise BadSample(files.where(file, row), str(error)) from None
-                found = {"problem": str(error).encode("utf-8", "backslashreplace").decode()}
-            yield {**found, "file": file, "row": row}
-
-    rows = aligned()
+    rows = iterate_conversations(files, read, attr, media_folder, max_samples, keep_bad)
     batches = []
     while chunk := list(islice(rows, _BATCH)):
         batches.append(pa.RecordBatch.from_pylist(chunk, schema=schema))
     return datasets.Dataset(datasets.table.InMemoryTable(pa.Table.from_batches(batches, schema=schema)))
+
+
+def iterate_conversations(
+    files: RowFiles,
+    read: Format,
+    attr: Any,
+    media_folder: str | Path,
+    max_samples: int | None = None,
+    keep_bad: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows one by one; see :func:`read_conversations`."""
+    for file, row, value in islice(files, max_samples):
+        try:
+            if isinstance(value, Unreadable):
+                raise FormatError(value.reason)
+            found = {**_conversation(_read(value, read, attr), attr, media_folder), "problem": None}
+        except FormatError as error:
+            if not keep_bad:
+                raise BadSample(files.where(file, row), str(error)) from None
+            found = {"problem": str(error).encode("utf-8", "backslashreplace").decode()}
+        yield {**found, "file": file, "row": row}
 
 
 def _read(row: Mapping[str, Any], read: Format, attr: Any) -> Mapping[str, Any]:

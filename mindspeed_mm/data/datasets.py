@@ -64,7 +64,9 @@ class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
         Raises:
             BadSample: the row cannot be trained on.
         """
-        row = self.rows[index]
+        return self._encode(self.rows[index])
+
+    def _encode(self, row: dict[str, Any]) -> dict[str, torch.Tensor]:
         where = self.files.where(row["file"], row["row"])
         try:
             if row["problem"]:
