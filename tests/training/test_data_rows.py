@@ -119,8 +119,8 @@ def test_bad_samples_change_nothing_on_any_number_of_ranks_nor_on_resume(
     job: Job, ranks1: RankPool, ranks2: RankPool, tmp_path: Path
 ) -> None:
     reasons = with_bad_rows(job, tmp_path)
-    flags = {"calculate_per_token_loss": True, "train_iters": 2 * GOOD, "lr_decay_iters": 2 * GOOD, "num_workers": 1}
-    two = run(ranks2, job, save=tmp_path / "two", **flags)
+    flags = {"calculate_per_token_loss": True, "train_iters": 2 * GOOD, "lr_decay_iters": 2 * GOOD}
+    two = run(ranks2, job, save=tmp_path / "two", **flags, num_workers=1)
     one = run(ranks1, job, save=tmp_path / "one", **flags)
     run(ranks2, job, save=tmp_path / "resumed", **{**flags, "train_iters": 3})
     run(ranks2, job, save=tmp_path / "resumed", auto_resume=True, **flags)
