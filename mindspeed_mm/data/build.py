@@ -26,6 +26,7 @@ from mindspeed_mm.data.quarantine import Quarantine
 from mindspeed_mm.data.rows import RowFiles
 from mindspeed_mm.data.streaming import ConversationStream, as_stream
 from mindspeed_mm.data.templates import resolve_template
+from mindspeed_mm.data.video import VideoLimits
 from mindspeed_mm.errors import UserError, did_you_mean
 
 
@@ -81,6 +82,12 @@ def build_mm_dataset(dataset_param: Any) -> Any:
             mask_history=basic.mask_history,
             image_max_pixels=preprocess.image_max_pixels,
             image_min_pixels=preprocess.image_min_pixels,
+            video=VideoLimits(
+                fps=preprocess.video_fps,
+                maxlen=preprocess.video_maxlen,
+                max_pixels=preprocess.video_max_pixels,
+                min_pixels=preprocess.video_min_pixels,
+            ),
             crop_to_patches=preprocess.crop_to_patches,
             min_patches=preprocess.min_patches,
             max_patches=preprocess.max_patches,
