@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,15 +26,16 @@ def listed(folder: Path) -> list[tuple[str, int]]:
     return [(entry["file"], entry["row"]) for entry in entries]
 
 
-def add_all(folder: Path, first: int) -> None:
-    for row in range(60):
-        Quarantine(folder, 100, 100).add([bad((first + 7 * row) % 60)])
+def add_all(folder: Path, start: float) -> None:
+    time.sleep(max(start - time.time(), 0))
+    for row in range(300):
+        Quarantine(folder, 1000, 1000).add([bad(row)])
 
 
 def test_processes_that_write_at_the_same_time_list_each_sample_once(tmp_path):
     with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
-        list(pool.map(add_all, [tmp_path, tmp_path], [0, 30]))
-    assert sorted(listed(tmp_path)) == [("a.jsonl", row) for row in range(60)]
+        list(pool.map(add_all, [tmp_path] * 2, [time.time() + 0.3] * 2))
+    assert sorted(listed(tmp_path)) == [("a.jsonl", row) for row in range(300)]
 
 
 def test_half_a_line_of_a_killed_run_is_written_anew(tmp_path):
