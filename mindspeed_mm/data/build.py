@@ -11,12 +11,13 @@ import torch.distributed as dist
 from torch.utils.data import default_collate
 
 from mindspeed_mm import accelerator
-from mindspeed_mm.data.collators import COLLATORS, PaddingCollator
+from mindspeed_mm.data.collators import COLLATORS, PackCollator, PaddingCollator
 from mindspeed_mm.data.conversations import ConversationFiles, read_conversations
 from mindspeed_mm.data.datasets import ConversationDataset
 from mindspeed_mm.data.encoding import ConversationEncoder, EncodingOptions
-from mindspeed_mm.data.keys import check_dataloader_keys, check_dataset_keys
+from mindspeed_mm.data.keys import check_dataloader_keys, check_dataset_keys, wants_packing
 from mindspeed_mm.data.loaders import MultiModalDataLoader
+from mindspeed_mm.data.model_inputs import ModelInputs
 from mindspeed_mm.data.samplers import DistributedBatchSampler
 from mindspeed_mm.errors import UserError, did_you_mean
 
@@ -67,6 +68,7 @@ def build_mm_dataset(dataset_param: Any) -> ConversationDataset | tuple[Conversa
             image_max_pixels=preprocess.image_max_pixels,
             image_min_pixels=preprocess.image_min_pixels,
             crop_to_patches=preprocess.crop_to_patches,
+            packing=wants_packing(param),
         )
     )
     if not valid:
@@ -149,7 +151,24 @@ def _collator(dataset: Any, param: Any) -> Any:
         pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if pad_id is None:
         raise UserError("data.json: dataloader_param.collate_param.pad_id is required: the tokenizer has no pad token")
-    return PaddingCollator(pad_id, param.pad_to_multiple_of, param.ignore_pad_token_for_loss)
+    inputs = _model_inputs(dataset)
+    if capacity := getattr(dataset, "pack_to", None):
+        if inputs is None:
+            raise UserError(
+                "data.json: packing: preprocess_parameters.model_name_or_path has no config.json, which says how the "
+                "model counts positions; set it to the folder of the whole model"
+            )
+        return PackCollator(capacity, pad_id, inputs)
+    return PaddingCollator(pad_id, param.pad_to_multiple_of, param.ignore_pad_token_for_loss, inputs)
+
+
+def _model_inputs(dataset: Any) -> ModelInputs | None:
+    """Return what computes the model's inputs on the host, if the processor's folder is that of a whole model."""
+    if not isinstance(dataset, ConversationDataset):
+        return None
+    options = dataset.encoder.options
+    found = (Path(options.folder) / "config.json").is_file()
+    return ModelInputs(options.folder, options.trust_remote_code) if found else None
 
 
 def _typed(value: Any, section: str) -> Any:

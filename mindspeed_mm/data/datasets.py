@@ -54,6 +54,12 @@ class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
         row = self.rows[index]
         return self.encoder.encode(row["messages"], row["images"], self.files.where(row["file"], row["row"]))
 
+    @property
+    def pack_to(self) -> int | None:
+        """Tokens of the sequence that samples are packed into; None if they are not."""
+        options = self.encoder.options
+        return options.seq_length if options.packing else None
+
     def where(self, index: int) -> str:
         """Return file and line (or number) of a row, for messages."""
         row = self.rows[index]

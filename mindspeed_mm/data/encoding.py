@@ -25,6 +25,7 @@ class EncodingOptions:
     Attributes:
         folder: ``preprocess_parameters.model_name_or_path``.
         seq_length: the longest sample, in tokens; None for no limit.
+        packing: samples are packed into sequences of ``seq_length`` afterwards.
     """
 
     folder: str
@@ -36,6 +37,7 @@ class EncodingOptions:
     image_max_pixels: int = 768 * 768
     image_min_pixels: int = 32 * 32
     crop_to_patches: bool = False
+    packing: bool = False
 
 
 class ConversationEncoder:

@@ -144,11 +144,9 @@ def test_a_row_the_processor_refuses_is_named(dataset_param):
     [
         (
             "basic_parameters",
-            {"packing": True},
-            r"basic_parameters\.packing: True is not available yet; remove the key",
+            {"streaming": True},
+            r"basic_parameters\.streaming: True is not available yet; remove the key",
         ),
-        ("basic_parameters", {"neat_packing": True}, r"basic_parameters\.neat_packing: True is not available"),
-        ("basic_parameters", {"streaming": True}, r"basic_parameters\.streaming: True is not available"),
         ("basic_parameters", {"train_on_prompt": True, "mask_history": True}, r"contradict each other"),
         ("basic_parameters", {"dataset": None}, r"dataset_param\.basic_parameters\.dataset is required"),
         ("preprocess_parameters", {"model_name_or_path": None}, r"model_name_or_path is required"),
