@@ -63,9 +63,8 @@ def compare_plans(count: int, window: int | None) -> None:
     from mindspeed_mm.data.packing import plan_packs
 
     print(f"{count} lengths, log-normal (median 400, sigma 0.9), cut at the capacity")
-    print(
-        "| capacity | window | packs | fill | fill in order | samples/s | peak memory, KiB |\n|---|---|---|---|---|---|---|"
-    )
+    print("| capacity | window | packs | fill | fill in order | samples/s | peak memory, KiB |")
+    print("|---|---|---|---|---|---|---|")
     for capacity in CAPACITIES:
         size = window or capacity // 4  # about 150 packs of these lengths
         seen = np.zeros(count, dtype=bool)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
@@ -12,11 +14,25 @@ PositiveFloat = Annotated[float, Field(gt=0.0)]
 
 
 def _each_beside_config(value: str, info: ValidationInfo) -> str:
-    return ",".join(beside_config(path, info) for path in value.split(","))
+    """Resolve each of several paths; of a pattern, the folder that it starts from."""
+
+    def resolve(path: str) -> str:
+        fixed = next((n for n, part in enumerate(Path(path).parts) if glob.has_magic(part)), None)
+        if fixed is None or Path(path).is_absolute():
+            return beside_config(path, info)
+        start, rest = Path(*Path(path).parts[:fixed]), Path(*Path(path).parts[fixed:])
+        if fixed == 0 and not any(start.glob(str(rest))):
+            return str((info.context or {}).get("folder", start) / rest)
+        return str(Path(beside_config(str(start), info)) / rest)
+
+    return ",".join(map(resolve, value.split(",")))
 
 
 InputPaths = Annotated[str, AfterValidator(_each_beside_config)]
 
+
+OnBadSample = Literal["stop", "quarantine"]
+Budget = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0.0, lt=1.0)]
 
 # --- dataset_type "huggingface": rows of messages, prompts rendered by the model's own processor ---
 
@@ -45,6 +61,16 @@ class HuggingFacePreprocess(Config):
     use_audio_in_video: bool = False  # also feed the sound track of a video
 
 
+class MixtureSource(Config):
+    """One data set of ``mixture``."""
+
+    dataset: InputPaths  # as basic_parameters.dataset
+    dataset_dir: InputPath | None = None  # null: that of basic_parameters
+    max_samples: Positive | None = None  # read only the first rows; null: all
+    repeat_time: PositiveFloat = 1.0  # below 1: only this share of the rows; above 1: rows repeat
+    weight: PositiveFloat | None = None  # its part of an epoch, beside the other weights; null: as many as its rows
+
+
 class HuggingFaceBasic(Config):
     """``basic_parameters``: the files, and what becomes of their rows."""
 
@@ -52,7 +78,9 @@ class HuggingFaceBasic(Config):
         "cutoff_len": "`cutoff_len` is deprecated, please use `seq_length`. Delete the key and pass --seq-length.",
     }
 
-    dataset: InputPaths | None = None  # .json or .jsonl files, separated by commas without spaces
+    # .json, .jsonl, .csv, .parquet and .txt files, folders of them and patterns, separated by commas without spaces
+    dataset: InputPaths | None = None
+    mixture: list[MixtureSource] | None = None  # several data sets instead, each with its weight
     dataset_dir: InputPath = "data"  # folder that the paths of images, videos and audio start from
     max_samples: Positive | None = None  # read only the first rows; null: all
     seq_length: Positive | None = None  # longest sample in tokens; --seq-length sets it
@@ -81,13 +109,16 @@ class HuggingFaceBasic(Config):
 class HuggingFaceAttributes(Config):
     """``attr``: the names that the rows use. A null column is not read, a null tag does not occur."""
 
-    formatting: Literal["sharegpt", "alpaca"] = "sharegpt"  # a list of messages, or instruction and output
+    # sharegpt: a list of messages; alpaca: instruction and output; or a format that a --plugin registers
+    formatting: str = "sharegpt"
     messages: str | None = "conversations"  # column of the messages
     images: str | None = None  # column of the image paths
     videos: str | None = None  # column of the video paths
     audios: str | None = None  # column of the audio paths
     system: str | None = None  # column of the system prompt
+    tools: str | None = None  # column of the descriptions of functions, a list in JSON Schema
 
+    pretrain: bool = False  # rows are plain text to continue, in the column `prompt` (default here: text)
     prompt: str | None = "instruction"  # alpaca: column of the question
     query: str | None = "input"  # alpaca: column of what is added to it
     response: str | None = "output"  # alpaca: column of the answer
@@ -115,6 +146,9 @@ class HuggingFaceDataset(Config):
     basic_parameters: HuggingFaceBasic
     preprocess_parameters: HuggingFacePreprocess
     attr: HuggingFaceAttributes = Field(default_factory=HuggingFaceAttributes)
+    on_bad_sample: OnBadSample = "stop"  # quarantine: list it and go on without it
+    bad_sample_budget: Budget = 0.01  # bad samples to put up with: a number, or a share (below 1) of all rows
+    quarantine_folder: str | None = None  # where quarantine.jsonl goes; --save sets it
 
 
 # --- dataset_type "multimodal": InternVL style, images cut into tiles ---
@@ -192,6 +226,10 @@ class MultimodalDataset(Config):
     max_num_frame: Positive = 12  # frames of a video at most
     sampling_method: str = "rand"  # how frames are chosen
 
+    on_bad_sample: OnBadSample = "stop"  # quarantine: list it and go on without it
+    bad_sample_budget: Budget = 0.01  # bad samples to put up with: a number, or a share (below 1) of all rows
+    quarantine_folder: str | None = None  # where quarantine.jsonl goes; --save sets it
+
 
 # --- batches ---
 
@@ -219,15 +257,19 @@ class DataloaderParam(Config):
 
     data_sharding: bool = False  # each rank shuffles its own share of the samples
     priority_mode: Literal["data_bucketing_img", "data_reordering_img"] | None = None  # group by image size
-    group_data: bool = False  # samples of like shape meet in a batch
+    group_data: bool = False  # samples of like length meet in a batch, as with sampler_type LengthGroupedSampler
     group_frame: bool = False  # ... of like frame count
     group_resolution: bool = False  # ... of like resolution
     initial_global_step_for_sampler: Count = 0  # batches the sampler skips at the start
 
-    # The command line decides these three; a value in the file is overwritten.
+    # The command line decides these; a value in the file is overwritten.
     batch_size: Positive | None = None  # --micro-batch-size: samples per rank and micro batch
     num_workers: Count | None = None  # --num-workers: processes that fetch samples
     seed: int | None = None  # --seed
+    global_batch_size: Positive | None = None  # --global-batch-size: samples of one optimizer step
+    use_data_balance: bool = False  # --use-data-balance: spread a global batch evenly over ranks
+    max_seq_len: Positive | None = None  # --max-seq-len with --use-txt-dynamic-batching: tokens of a micro batch
+    dynamic_batch_buffer_size: Positive = 200  # --dynamic-batch-buffer-size: samples looked at to fill it
 
 
 class DataConfig(Config):

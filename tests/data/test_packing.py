@@ -19,7 +19,10 @@ from mindspeed_mm.data.collators import PackCollator
 from mindspeed_mm.data.model_inputs import ModelInputs
 from mindspeed_mm.data.packing import plan_packs
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.transformers_model import TransformersModel
+from tests.data.tiny import save_digits
 from tests.models.tiny import tiny_config
+from tests.training.job import save_tiny_hf_folder
 
 
 @settings(max_examples=60, deadline=None)
@@ -139,6 +142,34 @@ def test_keys_that_contradict_each_other(
 @pytest.mark.parametrize("key", ["packing", "neat_packing"])
 def test_packing_needs_the_model_s_config(dataset_param: Callable[..., dict[str, Any]], key: str) -> None:
     dataset = build_mm_dataset(dataset_param(seq_length=64, **{key: True}))
-    assert dataset.pack_to == 64
+    assert dataset.encoder.options.pack_to == 64
+    dataset.sizes = np.full((8, 2), 30)
     with pytest.raises(UserError, match=r"packing: preprocess_parameters.model_name_or_path has no config.json"):
         build_mm_dataloader(dataset, {"batch_size": 1})
+
+
+def test_an_epoch_of_packs_is_an_epoch_of_samples(
+    dataset_param: Callable[..., dict[str, Any]], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Loss, number of targets and gradients of all digits, packed by a worker, and two to a batch of padded ones."""
+    folder = save_tiny_hf_folder("qwen3_vl", tmp_path_factory.mktemp("model"))
+    rows = save_digits(tmp_path)
+    for number, row in enumerate(rows):
+        row["messages"][1]["content"] += " And so on." * number
+    found = []
+    for packing in (False, True):
+        param = dataset_param(rows, packing=packing, seq_length=200)
+        param["preprocess_parameters"]["model_name_or_path"] = str(folder)
+        dataset = build_mm_dataset(param)
+        lengths = [len(dataset[index]["input_ids"]) for index in range(8)]
+        dataset.sizes = np.array([[length, 64] for length in lengths])
+        loader = build_mm_dataloader(dataset, {"batch_size": 2 - packing, "num_workers": int(packing)})
+        model = TransformersModel({"init_from_hf_path": str(folder), "loss_cfg": {"loss_type": "per_token_loss"}})
+        outputs = [model(**batch) for batch in loader]
+        loss = sum(output["loss"] for output in outputs) / sum(output["token_nums"] for output in outputs)
+        loss.backward()
+        found.append((loss, len(outputs), [p.grad for p in model.parameters()]))
+    (padded, batches, wanted), (packed, packs, gradients) = found
+    assert batches == 4 and sum(lengths) / 200 <= packs < 8
+    torch.testing.assert_close(packed, padded, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradients, wanted, rtol=0, atol=1e-5)
