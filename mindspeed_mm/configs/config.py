@@ -98,6 +98,8 @@ def _fold_into_data(args: Namespace, data: DataConfig) -> list[str]:
         decided.append(("dataset_param", dataset, "seq_length", "seq_length"))
     if dataset is not None and getattr(args, "trust_remote_code", False):
         processor.trust_remote_code = True
+    if dataset is not None and dataset.quarantine_folder is None:
+        dataset.quarantine_folder = getattr(args, "save", None)
 
     notes = []
     for path, owner, key, dest in decided:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
@@ -12,11 +14,25 @@ PositiveFloat = Annotated[float, Field(gt=0.0)]
 
 
 def _each_beside_config(value: str, info: ValidationInfo) -> str:
-    return ",".join(beside_config(path, info) for path in value.split(","))
+    """Resolve each of several paths; of a pattern, the folder that it starts from."""
+
+    def resolve(path: str) -> str:
+        fixed = next((n for n, part in enumerate(Path(path).parts) if glob.has_magic(part)), None)
+        if fixed is None or Path(path).is_absolute():
+            return beside_config(path, info)
+        start, rest = Path(*Path(path).parts[:fixed]), Path(*Path(path).parts[fixed:])
+        if fixed == 0 and not any(start.glob(str(rest))):
+            return str((info.context or {}).get("folder", start) / rest)
+        return str(Path(beside_config(str(start), info)) / rest)
+
+    return ",".join(map(resolve, value.split(",")))
 
 
 InputPaths = Annotated[str, AfterValidator(_each_beside_config)]
 
+
+OnBadSample = Literal["stop", "quarantine"]
+Budget = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0.0, lt=1.0)]
 
 # --- dataset_type "huggingface": rows of messages, prompts rendered by the model's own processor ---
 
@@ -52,7 +68,8 @@ class HuggingFaceBasic(Config):
         "cutoff_len": "`cutoff_len` is deprecated, please use `seq_length`. Delete the key and pass --seq-length.",
     }
 
-    dataset: InputPaths | None = None  # .json or .jsonl files, separated by commas without spaces
+    # .json, .jsonl, .csv, .parquet and .txt files, folders of them and patterns, separated by commas without spaces
+    dataset: InputPaths | None = None
     dataset_dir: InputPath = "data"  # folder that the paths of images, videos and audio start from
     max_samples: Positive | None = None  # read only the first rows; null: all
     seq_length: Positive | None = None  # longest sample in tokens; --seq-length sets it
@@ -81,13 +98,16 @@ class HuggingFaceBasic(Config):
 class HuggingFaceAttributes(Config):
     """``attr``: the names that the rows use. A null column is not read, a null tag does not occur."""
 
-    formatting: Literal["sharegpt", "alpaca"] = "sharegpt"  # a list of messages, or instruction and output
+    # sharegpt: a list of messages; alpaca: instruction and output; or a format that a --plugin registers
+    formatting: str = "sharegpt"
     messages: str | None = "conversations"  # column of the messages
     images: str | None = None  # column of the image paths
     videos: str | None = None  # column of the video paths
     audios: str | None = None  # column of the audio paths
     system: str | None = None  # column of the system prompt
+    tools: str | None = None  # column of the descriptions of functions, a list in JSON Schema
 
+    pretrain: bool = False  # rows are plain text to continue, in the column `prompt` (default here: text)
     prompt: str | None = "instruction"  # alpaca: column of the question
     query: str | None = "input"  # alpaca: column of what is added to it
     response: str | None = "output"  # alpaca: column of the answer
@@ -113,6 +133,9 @@ class HuggingFaceDataset(Config):
     basic_parameters: HuggingFaceBasic
     preprocess_parameters: HuggingFacePreprocess
     attr: HuggingFaceAttributes = Field(default_factory=HuggingFaceAttributes)
+    on_bad_sample: OnBadSample = "stop"  # quarantine: list it and go on without it
+    bad_sample_budget: Budget = 0.01  # bad samples to put up with: a number, or a share (below 1) of all rows
+    quarantine_folder: str | None = None  # where quarantine.jsonl goes; --save sets it
 
 
 # --- dataset_type "multimodal": InternVL style, images cut into tiles ---
@@ -189,6 +212,10 @@ class MultimodalDataset(Config):
     min_num_frame: Positive = 4  # frames of a video at least
     max_num_frame: Positive = 12  # frames of a video at most
     sampling_method: str = "rand"  # how frames are chosen
+
+    on_bad_sample: OnBadSample = "stop"  # quarantine: list it and go on without it
+    bad_sample_budget: Budget = 0.01  # bad samples to put up with: a number, or a share (below 1) of all rows
+    quarantine_folder: str | None = None  # where quarantine.jsonl goes; --save sets it
 
 
 # --- batches ---

@@ -12,11 +12,14 @@ from torch.utils.data import default_collate
 
 from mindspeed_mm import accelerator
 from mindspeed_mm.data.collators import COLLATORS, PaddingCollator
-from mindspeed_mm.data.conversations import ConversationFiles, read_conversations
+from mindspeed_mm.data.conversations import read_conversations
 from mindspeed_mm.data.datasets import ConversationDataset
 from mindspeed_mm.data.encoding import ConversationEncoder, EncodingOptions
+from mindspeed_mm.data.formats import find_format, read_document
 from mindspeed_mm.data.keys import check_dataloader_keys, check_dataset_keys
 from mindspeed_mm.data.loaders import MultiModalDataLoader
+from mindspeed_mm.data.quarantine import Quarantine
+from mindspeed_mm.data.rows import RowFiles
 from mindspeed_mm.data.samplers import DistributedBatchSampler
 from mindspeed_mm.errors import UserError, did_you_mean
 
@@ -49,9 +52,12 @@ def build_mm_dataset(dataset_param: Any) -> ConversationDataset | tuple[Conversa
         if not value:
             raise UserError(f"data.json: dataset_param.{key} is required; set it to a path")
 
-    def conversations(paths: str, max_samples: int | None) -> tuple[Any, ConversationFiles]:
-        files = ConversationFiles([Path(path) for path in paths.split(",")])
-        return read_conversations(files, attr, basic.dataset_dir, max_samples), files
+    read = read_document if attr.pretrain else find_format(attr.formatting)
+    keep_bad = _keeps_bad(param)
+
+    def conversations(paths: str, max_samples: int | None) -> tuple[Any, RowFiles]:
+        files = RowFiles([Path(path) for path in paths.split(",")])
+        return read_conversations(files, read, attr, basic.dataset_dir, max_samples, keep_bad), files
 
     train = conversations(basic.dataset, basic.max_samples)
     named = basic.val_dataset if isinstance(basic.val_dataset, Mapping) else {"": basic.val_dataset}
@@ -69,10 +75,24 @@ def build_mm_dataset(dataset_param: Any) -> ConversationDataset | tuple[Conversa
             crop_to_patches=preprocess.crop_to_patches,
         )
     )
-    if not valid:
-        return ConversationDataset(*train, encoder)
-    sets = {name: ConversationDataset(*rows, encoder) for name, rows in valid.items()}
-    return ConversationDataset(*train, encoder), sets.get("", sets)
+    quarantine = None
+    if keep_bad:
+        rows = sum(len(table) for table, _ in (train, *valid.values()))
+        quarantine = Quarantine(param.quarantine_folder, param.bad_sample_budget, rows)
+    sets = {name: ConversationDataset(*rows, encoder, quarantine) for name, rows in {None: train, **valid}.items()}
+    if quarantine is not None:
+        quarantine.add(bad for dataset in sets.values() for bad in dataset.bad_rows())
+    training = sets.pop(None)
+    return (training, sets.get("", sets)) if sets else training
+
+
+def _keeps_bad(param: Any) -> bool:
+    if param.on_bad_sample == "quarantine" and param.quarantine_folder is None:
+        raise UserError(
+            "data.json: dataset_param.on_bad_sample: 'quarantine' lists bad samples beside the checkpoints; "
+            "pass --save, or set dataset_param.quarantine_folder"
+        )
+    return param.on_bad_sample == "quarantine"
 
 
 def build_mm_dataloader(

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Dataset
 
-from mindspeed_mm.data.conversations import ConversationFiles
 from mindspeed_mm.data.encoding import ConversationEncoder
 from mindspeed_mm.data.images import load_image
+from mindspeed_mm.data.quarantine import BadSample, Quarantine
+from mindspeed_mm.data.rows import RowFiles
 from mindspeed_mm.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,20 +40,52 @@ class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
         rows: table made by ``read_conversations``.
         files: where the rows came from.
         encoder: makes tensors of a row.
+        quarantine: lists bad samples, for which loaders then take `stand_in`; without it they end the run.
     """
 
-    def __init__(self, rows: datasets.Dataset, files: ConversationFiles, encoder: ConversationEncoder) -> None:
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        files: RowFiles,
+        encoder: ConversationEncoder,
+        quarantine: Quarantine | None = None,
+    ) -> None:
         self.rows = rows
         self.files = files
         self.encoder = encoder
+        self.quarantine = quarantine
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Decode and encode one row; see ``ConversationEncoder.encode``."""
+        """Decode and encode one row; see ``ConversationEncoder.encode``.
+
+        Raises:
+            BadSample: the row cannot be trained on.
+        """
         row = self.rows[index]
-        return self.encoder.encode(row["messages"], row["images"], self.files.where(row["file"], row["row"]))
+        where = self.files.where(row["file"], row["row"])
+        try:
+            if row["problem"]:
+                raise BadSample(where, row["problem"])
+            return self.encoder.encode(row, where)
+        except BadSample as error:
+            raise error.at(*self._place(row)) from error.__cause__
+
+    def stand_in(self) -> dict[str, torch.Tensor]:
+        """Return a short sample without a target, which keeps the place of a bad one."""
+        return self.encoder.stand_in()
+
+    def bad_rows(self) -> list[BadSample]:
+        """Return the rows that are bad already by what their file says of them."""
+        found = [row for row in self.rows.select_columns(["problem", "file", "row"]) if row["problem"]]
+        return [
+            BadSample(self.files.where(row["file"], row["row"]), row["problem"]).at(*self._place(row)) for row in found
+        ]
+
+    def _place(self, row: dict[str, Any]) -> tuple[str, int]:
+        return str(self.files.paths[row["file"]]), row["row"]
 
     def where(self, index: int) -> str:
         """Return file and line (or number) of a row, for messages."""
@@ -63,7 +96,7 @@ class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
         """Return one row without its last answer; see `Question`."""
         row = self.rows[index]
         where = self.files.where(row["file"], row["row"])
-        inputs, answer = self.encoder.encode_question(row["messages"], row["images"], where)
+        inputs, answer = self.encoder.encode_question(row, where)
         pictures = [load_image(path, where, options.image_max_pixels, options.image_min_pixels)
                     for options in [self.encoder.options] for path in row["images"]]  # fmt: skip
         return Question(inputs, answer, pictures)
@@ -85,4 +118,6 @@ class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
             parts = self.rows.train_test_split(test_size=test_size, seed=seed)
         except ValueError as error:
             raise UserError(f"basic_parameters.val_rate: {test_size} of {len(self)} rows: {error}") from None
-        return {name: ConversationDataset(rows, self.files, self.encoder) for name, rows in parts.items()}
+        return {
+            name: ConversationDataset(rows, self.files, self.encoder, self.quarantine) for name, rows in parts.items()
+        }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from mindspeed_mm.data.images import load_image
 from mindspeed_mm.data.processors import load_processor
 from mindspeed_mm.data.prompts import ChatRenderer, Prompt
+from mindspeed_mm.data.quarantine import BadSample
 from mindspeed_mm.errors import UserError
 
 IGNORE_INDEX = -100
@@ -73,13 +75,13 @@ class ConversationEncoder:
         if self._takes_images and hasattr(self.processor.image_processor, "crop_to_patches"):
             self._image_options["crop_to_patches"] = self.options.crop_to_patches
         self._warned = False
+        self._stand_in: dict[str, torch.Tensor] | None = None
 
-    def encode(self, messages: list[dict[str, str]], images: list[str], where: str) -> dict[str, torch.Tensor]:
+    def encode(self, row: Mapping[str, Any], where: str) -> dict[str, torch.Tensor]:
         """Return the model inputs of one conversation.
 
         Args:
-            messages: ``{"role", "content"}`` turns, user and assistant after an optional system turn.
-            images: absolute paths, one per placeholder in ``messages``.
+            row: as ``read_conversations`` gives it.
             where: names the row in errors.
 
         Returns:
@@ -88,33 +90,40 @@ class ConversationEncoder:
             processor gives them.
 
         Raises:
-            UserError: an image cannot be decoded, or the processor, the template or the length refuses the row.
+            BadSample: an image cannot be decoded, or the processor, the template or the length refuses the row.
         """
+        images = row.get("images") or []
         if images and not self._takes_images:
-            raise UserError(f"{where}: the row has images but the model in {self.options.folder} only reads text")
+            raise BadSample(where, f"the row has images but the model in {self.options.folder} only reads text")
         options = self.options
         pictures = [load_image(path, where, options.image_max_pixels, options.image_min_pixels) for path in images]
         try:
-            prompt = self._renderer.render(messages)
+            prompt = self._renderer.render(row)
             sample = self._shorten(*self._tokenize(prompt, pictures), where)
         except UserError as error:
-            raise UserError(f"{where}: {error}") from None
+            raise BadSample(where, str(error)) from None
         except Exception as error:  # templates and processors are the model's own code
-            raise UserError(f"{where}: the model's processor refuses this row: {error}") from error
+            raise BadSample(where, f"the model's processor refuses this row: {error}") from error
         if (sample["labels"][1:] == IGNORE_INDEX).all():
-            raise UserError(f"{where}: no token of the row has a label, so nothing can be learnt from it; remove it")
+            raise BadSample(where, "no token of the row has a label, so nothing can be learnt from it; remove it")
         return sample
 
-    def encode_question(
-        self, messages: list[dict[str, str]], images: list[str], where: str
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    def stand_in(self) -> dict[str, torch.Tensor]:
+        """Return a short text sample without a target."""
+        if self._stand_in is None:
+            turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+            self._stand_in, _ = self._tokenize(self._renderer.render({"messages": turns}), [])
+            self._stand_in["labels"].fill_(IGNORE_INDEX)
+        return dict(self._stand_in)
+
+    def encode_question(self, row: Mapping[str, Any], where: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Return a conversation up to its last answer as a batch of one, and the token ids of that answer, (A,).
 
         Args and errors are those of `encode`.
         """
         encoder = copy(self)
         encoder.options = replace(self.options, seq_length=None, train_on_prompt=False, mask_history=True)
-        sample = encoder.encode(messages, images, where)
+        sample = encoder.encode(row, where)
         answer = (sample.pop("labels") != IGNORE_INDEX).nonzero().flatten()
         start = int(answer[0])
         tokens = sample["input_ids"][answer]
@@ -124,7 +133,7 @@ class ConversationEncoder:
         """Return the sample and a mask (L,) of its image tokens."""
         # As in apply_chat_template: where the template has written the BOS token, a second one would be wrong.
         bos = self.tokenizer.bos_token
-        special = self._takes_images and not (bos is not None and prompt.text.startswith(bos))
+        special = (self._takes_images or prompt.is_document) and not (bos is not None and prompt.text.startswith(bos))
         kwargs: dict[str, Any] = {"return_offsets_mapping": True, "add_special_tokens": special}
         if pictures:
             kwargs.update(images=pictures, return_text_replacement_offsets=True, **self._image_options)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from mindspeed_mm import accelerator
 from mindspeed_mm.arguments import parse_args, report_inert_flags, set_args, validate_args
 from mindspeed_mm.configs.config import merge_mm_args
+from mindspeed_mm.data import quarantine
 from mindspeed_mm.data.iterators import CyclicIterator
 from mindspeed_mm.distributed import state
 from mindspeed_mm.engine.fsdp2 import FSDP2Engine
@@ -80,6 +81,9 @@ def run(
     schedule = schedule_from(args, engine.optimizer)
     checkpointer = Checkpointer(args, model, engine.optimizer, schedule)
     args.iteration, args.consumed_train_samples = checkpointer.load()
+    if args.save and not checkpointer.resumes_itself and dist.get_rank() == 0:
+        quarantine.start_over(args.save)
+    dist.barrier()  # nobody reads or writes the list of bad samples before
     train, valid, test = _build_iterators(args, dataset_provider)
     checkpointer.restore_iterators(_named_iterators(train, valid))
     if args.save:
@@ -107,6 +111,9 @@ def run(
     if args.export_hf and not stopped:
         checkpointer.export_hf(args.export_hf)
     trainer.log.close()
+    dist.barrier()  # what the others have quarantined is on the list
+    if args.save and dist.get_rank() == 0 and (summary := quarantine.summarise(args.save)):
+        state.print_rank_0(summary)
     state.shutdown()
 
 
