@@ -20,6 +20,7 @@ from mindspeed_mm.data.keys import check_dataloader_keys, check_dataset_keys
 from mindspeed_mm.data.loaders import MultiModalDataLoader
 from mindspeed_mm.data.quarantine import Quarantine
 from mindspeed_mm.data.rows import RowFiles
+from mindspeed_mm.data.sample_cache import SampleCache
 from mindspeed_mm.data.samplers import DistributedBatchSampler
 from mindspeed_mm.errors import UserError, did_you_mean
 
@@ -55,31 +56,36 @@ def build_mm_dataset(dataset_param: Any) -> ConversationDataset | tuple[Conversa
     read = read_document if attr.pretrain else find_format(attr.formatting)
     keep_bad = _keeps_bad(param)
 
-    def conversations(paths: str, max_samples: int | None) -> tuple[Any, RowFiles]:
-        files = RowFiles([Path(path) for path in paths.split(",")])
-        return read_conversations(files, read, attr, basic.dataset_dir, max_samples, keep_bad), files
-
-    train = conversations(basic.dataset, basic.max_samples)
-    named = basic.val_dataset if isinstance(basic.val_dataset, Mapping) else {"": basic.val_dataset}
-    valid = {name: conversations(paths, basic.val_max_samples) for name, paths in named.items() if paths}
-    encoder = ConversationEncoder(
-        EncodingOptions(
-            folder=preprocess.model_name_or_path,
-            trust_remote_code=preprocess.trust_remote_code,
-            enable_thinking=basic.enable_thinking,
-            seq_length=basic.seq_length,
-            train_on_prompt=basic.train_on_prompt,
-            mask_history=basic.mask_history,
-            image_max_pixels=preprocess.image_max_pixels,
-            image_min_pixels=preprocess.image_min_pixels,
-            crop_to_patches=preprocess.crop_to_patches,
-        )
+    options = EncodingOptions(
+        folder=preprocess.model_name_or_path,
+        trust_remote_code=preprocess.trust_remote_code,
+        enable_thinking=basic.enable_thinking,
+        seq_length=basic.seq_length,
+        train_on_prompt=basic.train_on_prompt,
+        mask_history=basic.mask_history,
+        image_max_pixels=preprocess.image_max_pixels,
+        image_min_pixels=preprocess.image_min_pixels,
+        crop_to_patches=preprocess.crop_to_patches,
     )
+
+    def conversations(paths: str, max_samples: int | None) -> tuple[Any, RowFiles, SampleCache]:
+        files = RowFiles([Path(path) for path in paths.split(",")])
+        cache = SampleCache(param, options, files.paths, read, max_samples)
+        rows = cache.rows(lambda: read_conversations(files, read, attr, basic.dataset_dir, max_samples, keep_bad))
+        return rows, files, cache
+
+    tables: dict[str | None, Any] = {None: conversations(basic.dataset, basic.max_samples)}
+    named = basic.val_dataset if isinstance(basic.val_dataset, Mapping) else {"": basic.val_dataset}
+    tables |= {name: conversations(paths, basic.val_max_samples) for name, paths in named.items() if paths}
+    encoder = ConversationEncoder(options)
     quarantine = None
     if keep_bad:
-        rows = sum(len(table) for table, _ in (train, *valid.values()))
-        quarantine = Quarantine(param.quarantine_folder, param.bad_sample_budget, rows)
-    sets = {name: ConversationDataset(*rows, encoder, quarantine) for name, rows in {None: train, **valid}.items()}
+        count = sum(len(rows) for rows, _, _ in tables.values())
+        quarantine = Quarantine(param.quarantine_folder, param.bad_sample_budget, count)
+    sets = {
+        name: ConversationDataset(rows, files, encoder, quarantine, cache)
+        for name, (rows, files, cache) in tables.items()
+    }
     if quarantine is not None:
         quarantine.add(bad for dataset in sets.values() for bad in dataset.bad_rows())
     training = sets.pop(None)
@@ -120,6 +126,8 @@ def build_mm_dataloader(
     """
     param = _typed(dataloader_param, "dataloader_param")
     check_dataloader_keys(param)
+    if getattr(getattr(dataset, "cache", None), "keep_samples", False):
+        dataset.sizes  # noqa: B018 - samples are kept when their sizes are found
     ranks = dist.get_world_size(process_group) if dist.is_initialized() else 1
     batch_size = param.batch_size or 1
     sequential = param.sampler_type == "SequentialSampler" and param.dataloader_mode == "sampler"
@@ -148,7 +156,7 @@ def build_mm_dataloader(
         sampler,
         _collator(dataset, param.collate_param),
         num_workers=workers,
-        pin_memory=param.pin_memory and accelerator.wants_pinned_memory(),
+        pin_memory=param.pin_memory is not False and accelerator.wants_pinned_memory(),
         persistent_workers=persistent,
         prefetch_factor=param.prefetch_factor if workers else None,
     )

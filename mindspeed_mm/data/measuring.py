@@ -35,7 +35,7 @@ def measure(sample: Mapping[str, torch.Tensor], row: Mapping[str, Any], encoder:
     if tokens == encoder.options.seq_length:
         unlimited = copy(encoder)
         unlimited.options = replace(encoder.options, seq_length=None)
-        uncut = len(encode(unlimited, row, "")["input_ids"])
+        uncut = len(unlimited.encode(row, "")["input_ids"])
     return Measured(
         sample,
         tokens=tokens,
@@ -44,11 +44,6 @@ def measure(sample: Mapping[str, torch.Tensor], row: Mapping[str, Any], encoder:
         uncut=uncut,
         stamp=_stamp([path for name in _MEDIA for path in row.get(name) or ()]),
     )
-
-
-def encode(encoder: ConversationEncoder, row: Mapping[str, Any], where: str) -> dict[str, torch.Tensor]:
-    """Return the sample of a row."""
-    return encoder.encode(row["messages"], row["images"], where)
 
 
 def count_patches(sample: Mapping[str, torch.Tensor], side: int) -> int:

@@ -141,6 +141,7 @@ def prepare(
         with writable(folder):
             (folder / _PARTS).mkdir(exist_ok=True)
             (folder / _SAMPLES).mkdir(exist_ok=True)
+            report(work.done(0), len(source))
             if processes > 1:
                 _share(work, processes, report)
             else:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mindspeed_mm.data.cache_key import cache_root, describe_samples, key_of
+from mindspeed_mm.data.conversations import PLACEHOLDERS
+from mindspeed_mm.data.encoding import EncodingOptions
 from mindspeed_mm.data.preparation import Prepared, Report, Source, is_prepared, prepare, writable
 from mindspeed_mm.data.sample_store import write_whole
 from mindspeed_mm.distributed.state import print_rank_0
@@ -27,34 +32,42 @@ class SampleCache:
     cache has ever been written.
 
     Args:
-        options: all that decides what the samples are, besides the content of ``files`` and ``processor``.
+        param: typed ``dataset_param``.
+        options: of the encoder.
         files: with the rows.
-        processor: Hugging Face folder.
-        cache_dir: folder of all caches; None for the default.
-        keep_samples: keep the samples' tensors.
-        processes: how many prepare samples; 1: the calling process.
+        read: makes a conversation of a row; see `mindspeed_mm.data.formats.Format`.
+        max_samples: rows that are read.
     """
 
     def __init__(
-        self,
-        options: Mapping[str, Any],
-        files: list[Path],
-        processor: Path,
-        cache_dir: str | None = None,
-        keep_samples: bool = False,
-        processes: int = 1,
+        self, param: Any, options: EncodingOptions, files: list[Path], read: Callable[..., Any], max_samples: int | None
     ) -> None:
-        self.root = cache_root(cache_dir)
-        self.keep_samples = keep_samples
-        self.processes = processes
-        self._of = ({**options, "keep_samples": keep_samples}, files, processor)
+        basic = param.basic_parameters
+        self.root = cache_root(basic.cache_dir)
+        self.keep_samples: bool = basic.cache_samples
+        self.processes = processes_per_rank(basic.preprocessing_num_workers)
+        encoding = {key: value for key, value in asdict(options).items() if key != "folder"}
+        self._of = (
+            {
+                "encoding": encoding,
+                "attr": param.attr.to_dict(),
+                "reader": inspect.getsource(read),
+                "placeholders": PLACEHOLDERS,
+                "media": os.path.abspath(basic.dataset_dir),
+                "max_samples": max_samples,
+                "keep_samples": self.keep_samples,
+            },
+            files,
+            Path(options.folder),
+        )
         self._folder: Path | None = None
 
     @property
     def folder(self) -> Path:
         """The folder of exactly these samples."""
         if self._folder is None:
-            self._folder = self.root / key_of(describe_samples(*self._of))
+            self._about = describe_samples(*self._of)
+            self._folder = self.root / key_of(self._about)
         return self._folder
 
     def rows(self, read: Callable[[], datasets.Dataset]) -> datasets.Dataset:
@@ -90,6 +103,8 @@ class SampleCache:
     def _save_rows(self, rows: datasets.Dataset) -> None:
         import pyarrow as pa  # type: ignore[import-untyped]
 
+        with writable(self.folder), write_whole(self.folder / "about.json") as file:
+            file.write(json.dumps(self._about, indent=1).encode())
         with (
             writable(self.folder),
             write_whole(self.folder / _ROWS) as file,
@@ -125,5 +140,5 @@ class ProgressLines:
 
 
 def processes_per_rank(wanted: int | None) -> int:
-    """Return how many processes a rank may start, if those of a node are to be ``wanted`` in all."""
+    """Return how many processes each rank of a node starts to have ``wanted`` on the node, at least its own."""
     return max(1, (wanted or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
