@@ -88,13 +88,13 @@ def show(console: Console, name: str, summary: Summary, samples: Sequence[Render
         table.add_row(fact, value)
     console.print(table)
     for where, reason in summary.bad[:_SHOWN_BAD]:
-        console.print(Text.assemble((f"{where}: ", "bold"), (reason, "red")))
+        console.print(Text.assemble((f"{where}: ", "bold"), (reason, "red")), soft_wrap=True)
     if len(summary.bad) > _SHOWN_BAD:
         console.print(f"... and {len(summary.bad) - _SHOWN_BAD} more bad rows")
     for sample in samples:
         console.print(Rule(Text(sample.where)))
         if sample.problem:
-            console.print(Text(sample.problem, "red"))
+            console.print(Text(sample.problem, "red"), soft_wrap=True)
             continue
         console.print(Text(f"{sample.tokens} tokens, {sample.targets} trained on", "bold"))
         for number, picture in enumerate(sample.pictures, start=1):
@@ -104,7 +104,7 @@ def show(console: Console, name: str, summary: Summary, samples: Sequence[Render
         text = Text()
         for piece in sample.pieces:
             text.append(f"{left}{piece.text}{right}" if piece.trained else piece.text, _STYLES[piece.trained])
-        console.print(text)
+        console.print(text, soft_wrap=True)
 
 
 def page(title: str, sets: Mapping[str, tuple[Summary, Sequence[Rendered]]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -263,7 +264,7 @@ def test_inspect_shows_masks_pictures_and_bad_rows(data_json: Callable[..., Path
     flat = " ".join(said.replace("│", " ").split())
     assert "rows 7" in flat and "bad rows 4" in flat and "cut at 200 tokens 1, 101 tokens lost" in flat
     for number, reason in enumerate(reasons, start=4):
-        assert f"data.jsonl:{number}: " in flat.replace(".jsonl: ", ".jsonl:") and reason in flat, reason
+        assert re.search(rf"data\.jsonl:{number}: [^\n]*{re.escape(reason)}", said), reason
     assert "[[The answer is 3.<|im_end|>]]" in flat and "[[one<|im_end|>]]" in flat
 
     page = Page((out / "report.html").read_text())
