@@ -61,6 +61,16 @@ class HuggingFacePreprocess(Config):
     use_audio_in_video: bool = False  # also feed the sound track of a video
 
 
+class MixtureSource(Config):
+    """One data set of ``mixture``."""
+
+    dataset: InputPaths  # as basic_parameters.dataset
+    dataset_dir: InputPath | None = None  # null: that of basic_parameters
+    max_samples: Positive | None = None  # read only the first rows; null: all
+    repeat_time: PositiveFloat = 1.0  # below 1: only this share of the rows; above 1: rows repeat
+    weight: PositiveFloat | None = None  # its part of an epoch, beside the other weights; null: as many as its rows
+
+
 class HuggingFaceBasic(Config):
     """``basic_parameters``: the files, and what becomes of their rows."""
 
@@ -70,6 +80,7 @@ class HuggingFaceBasic(Config):
 
     # .json, .jsonl, .csv, .parquet and .txt files, folders of them and patterns, separated by commas without spaces
     dataset: InputPaths | None = None
+    mixture: list[MixtureSource] | None = None  # several data sets instead, each with its weight
     dataset_dir: InputPath = "data"  # folder that the paths of images, videos and audio start from
     max_samples: Positive | None = None  # read only the first rows; null: all
     seq_length: Positive | None = None  # longest sample in tokens; --seq-length sets it
@@ -245,15 +256,19 @@ class DataloaderParam(Config):
 
     data_sharding: bool = False  # each rank shuffles its own share of the samples
     priority_mode: Literal["data_bucketing_img", "data_reordering_img"] | None = None  # group by image size
-    group_data: bool = False  # samples of like shape meet in a batch
+    group_data: bool = False  # samples of like length meet in a batch, as with sampler_type LengthGroupedSampler
     group_frame: bool = False  # ... of like frame count
     group_resolution: bool = False  # ... of like resolution
     initial_global_step_for_sampler: Count = 0  # batches the sampler skips at the start
 
-    # The command line decides these three; a value in the file is overwritten.
+    # The command line decides these; a value in the file is overwritten.
     batch_size: Positive | None = None  # --micro-batch-size: samples per rank and micro batch
     num_workers: Count | None = None  # --num-workers: processes that fetch samples
     seed: int | None = None  # --seed
+    global_batch_size: Positive | None = None  # --global-batch-size: samples of one optimizer step
+    use_data_balance: bool = False  # --use-data-balance: spread a global batch evenly over ranks
+    max_seq_len: Positive | None = None  # --max-seq-len with --use-txt-dynamic-batching: tokens of a micro batch
+    dynamic_batch_buffer_size: Positive = 200  # --dynamic-batch-buffer-size: samples looked at to fill it
 
 
 class DataConfig(Config):

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mindspeed_mm.data.formats import Format, FormatError
+from mindspeed_mm.data.formats import Format, FormatError, text
 from mindspeed_mm.data.media import locate
 from mindspeed_mm.data.quarantine import BadSample
 from mindspeed_mm.data.rows import RowFiles, Unreadable
@@ -62,23 +62,49 @@ def read_conversations(
     columns = [("messages", pa.list_(message)), *((name, pa.list_(pa.string())) for name in PLACEHOLDERS)]
     schema = pa.schema([*columns, ("tools", "string"), ("problem", "string"), ("file", "int32"), ("row", "int32")])
 
-    def aligned() -> Iterator[dict[str, Any]]:
-        for file, row, value in islice(files, max_samples):
-            try:
-                if isinstance(value, Unreadable):
-                    raise FormatError(value.reason)
-                found = {**_conversation(read(value, attr), attr, media_folder), "problem": None}
-            except FormatError as error:
-                if not keep_bad:
-                    raise BadSample(files.where(file, row), str(error)) from None
-                found = {"problem": str(error).encode("utf-8", "backslashreplace").decode()}
-            yield {**found, "file": file, "row": row}
-
-    rows = aligned()
+    rows = iterate_conversations(files, read, attr, media_folder, max_samples, keep_bad)
     batches = []
     while chunk := list(islice(rows, _BATCH)):
         batches.append(pa.RecordBatch.from_pylist(chunk, schema=schema))
     return datasets.Dataset(datasets.table.InMemoryTable(pa.Table.from_batches(batches, schema=schema)))
+
+
+def iterate_conversations(
+    files: RowFiles,
+    read: Format,
+    attr: Any,
+    media_folder: str | Path,
+    max_samples: int | None = None,
+    keep_bad: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows one by one; see :func:`read_conversations`."""
+    for file, row, value in islice(files, max_samples):
+        try:
+            if isinstance(value, Unreadable):
+                raise FormatError(value.reason)
+            found = {**_conversation(_read(value, read, attr), attr, media_folder), "problem": None}
+        except FormatError as error:
+            if not keep_bad:
+                raise BadSample(files.where(file, row), str(error)) from None
+            found = {"problem": str(error).encode("utf-8", "backslashreplace").decode()}
+        yield {**found, "file": file, "row": row}
+
+
+def _read(row: Mapping[str, Any], read: Format, attr: Any) -> Mapping[str, Any]:
+    try:
+        found = read(row, attr)
+        for number, message in enumerate(found["messages"], start=1):
+            text(message["role"], f"message {number}: the role")
+            text(message["content"], f"message {number}: the content")
+        for kind in PLACEHOLDERS:
+            for file in found.get(kind) or []:
+                text(file, f"a file of {kind!r}")
+        return found
+    except FormatError:
+        raise
+    except Exception as error:  # a function of the user's that a row is too much for
+        problem = f"{type(error).__name__}: {error}"
+        raise FormatError(f"the format {attr.get('formatting')!r} cannot read this row: {problem}") from error
 
 
 def _conversation(found: Mapping[str, Any], attr: Any, media_folder: str | Path) -> dict[str, Any]:

@@ -80,17 +80,17 @@ class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
         if self._part_of is not None:
             whole, positions = self._part_of
             return whole[int(positions[index])]
-        kept = self._prepared.sample(index) if self._prepared is not None else None
-        return kept if kept is not None else self._as_planned(index, *self._encode(index))
-
-    def _encode(self, index: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Return a sample and its row."""
+        if self._prepared is not None and (kept := self._prepared.sample(index)) is not None:
+            return kept
         row = self.rows[index]
+        return self._as_planned(index, self._encode(row), row)
+
+    def _encode(self, row: dict[str, Any]) -> dict[str, torch.Tensor]:
         where = self.files.where(row["file"], row["row"])
         try:
             if row["problem"]:
                 raise BadSample(where, row["problem"])
-            return self.encoder.encode(row, where), row
+            return self.encoder.encode(row, where)
         except BadSample as error:
             raise error.at(*self._place(row)) from error.__cause__
 
@@ -104,7 +104,8 @@ class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
 
     def measure(self, index: int) -> Measured:
         """Return a sample and its sizes; raises what fetching it raises."""
-        return measure(*self._encode(index), self.encoder)
+        row = self.rows[index]
+        return measure(self._encode(row), row, self.encoder)
 
     @property
     def sizes(self) -> np.ndarray:

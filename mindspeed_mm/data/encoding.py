@@ -26,11 +26,13 @@ class EncodingOptions:
 
     Attributes:
         folder: ``preprocess_parameters.model_name_or_path``.
+        chat_template: text of a template to use instead of the folder's.
         seq_length: the longest sample, in tokens; None for no limit.
     """
 
     folder: str
     trust_remote_code: bool = False
+    chat_template: str | None = None
     enable_thinking: bool = True
     seq_length: int | None = None
     train_on_prompt: bool = False
@@ -69,6 +71,8 @@ class ConversationEncoder:
     def _load(self) -> None:
         self.processor = load_processor(self.options.folder, self.options.trust_remote_code)
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        if self.options.chat_template is not None:
+            self.processor.chat_template = self.options.chat_template
         self._takes_images = hasattr(self.processor, "image_processor")
         self._renderer = ChatRenderer(self.processor, self.options.enable_thinking)
         self._image_options = {}

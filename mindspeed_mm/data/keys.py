@@ -11,7 +11,7 @@ _BASIC, _PREPROCESS, _ATTR = "basic_parameters", "preprocess_parameters", "attr"
 
 # (section, keys, why they have no effect)
 _WITHOUT_EFFECT: list[tuple[str, tuple[str, ...], str]] = [
-    (_BASIC, ("template", "tool_format"), "prompts are rendered by the chat template of the model's own folder"),
+    (_BASIC, ("tool_format",), "tools are written as the model's chat template does"),
     (
         _BASIC,
         ("overwrite_cache", "preprocess_on_fly", "preprocessing_batch_size"),
@@ -33,14 +33,13 @@ _WITHOUT_EFFECT: list[tuple[str, tuple[str, ...], str]] = [
     ),
 ]
 _NOT_AVAILABLE: list[tuple[str, tuple[str, ...]]] = [
-    (_BASIC, ("streaming", "packing", "neat_packing")),
+    (_BASIC, ("packing", "neat_packing")),
     (_PREPROCESS, ("split_special_tokens", "image_do_pan_and_scan", "use_audio_in_video")),
     (_ATTR, ("ranking", "chosen", "rejected")),
 ]
-_SAMPLERS = ("stateful_distributed_sampler", "BaseRandomBatchSampler", "SequentialSampler")
+_SAMPLERS = ("stateful_distributed_sampler", "BaseRandomBatchSampler", "SequentialSampler", "LengthGroupedSampler")
 _LOADER_NOT_AVAILABLE = (
     "data_sharding",
-    "group_data",
     "group_frame",
     "group_resolution",
     "priority_mode",
@@ -67,10 +66,39 @@ def check_dataset_keys(param: Any) -> None:
             "data.json: dataset_param.basic_parameters: train_on_prompt and mask_history contradict each other; "
             "set one of them to false"
         )
+    if basic.mixture:
+        _check_mixture(param)
+    elif basic.streaming:
+        _check_streaming(param)
     for section, keys, why in _WITHOUT_EFFECT:
         given = [key for key in keys if key in getattr(param, section)]
         if given:
             print_rank_0(f"data.json: {', '.join(given)}: no effect, because {why}")
+
+
+def _check_mixture(param: Any) -> None:
+    basic = param.basic_parameters
+    where = "data.json: dataset_param.basic_parameters.mixture"
+    if basic.dataset:
+        raise UserError(f"{where}: there is a 'dataset' beside it; make it an entry of the list, or remove one of them")
+    if basic.streaming:
+        raise UserError(f"{where}: data sets of a mixture cannot be streamed; set streaming to false")
+    if len({one.weight is None for one in basic.mixture}) > 1:
+        raise UserError(f"{where}: some data sets have a weight and some have not; give it to all or to none")
+
+
+def _check_streaming(param: Any) -> None:
+    where = "data.json: dataset_param.basic_parameters.streaming"
+    for key in ("max_samples", "val_rate"):
+        if param.basic_parameters.get(key):
+            raise UserError(
+                f"{where}: {key} needs the number of rows, which a stream does not tell; remove one of them"
+            )
+    if param.on_bad_sample == "quarantine" and isinstance(param.bad_sample_budget, float):
+        raise UserError(
+            f"{where}: dataset_param.bad_sample_budget {param.bad_sample_budget} is a share of rows that nobody has "
+            "counted; set it to a number of bad samples to put up with"
+        )
 
 
 def check_dataloader_keys(param: Any) -> None:

@@ -73,7 +73,7 @@ class MultiModalDataLoader(StatefulDataLoader):
 
     def stand_in(self) -> Any:
         """Return a batch of the first sample, for a rank to which a pass gives none."""
-        return self._receive(self.collate_fn([self.dataset[0]]))
+        return self._receive(self.collate_fn([self.dataset[sample] for sample in self.batch_sampler.stand_in()]))
 
     def _receive(self, batch: Any) -> Any:
         if isinstance(batch, UserError):

@@ -36,11 +36,18 @@ class SampleCache:
         options: of the encoder.
         files: with the rows.
         read: makes a conversation of a row; see `mindspeed_mm.data.formats.Format`.
+        media_folder: that paths in the rows start from.
         max_samples: rows that are read.
     """
 
     def __init__(
-        self, param: Any, options: EncodingOptions, files: list[Path], read: Callable[..., Any], max_samples: int | None
+        self,
+        param: Any,
+        options: EncodingOptions,
+        files: list[Path],
+        read: Callable[..., Any],
+        media_folder: str,
+        max_samples: int | None,
     ) -> None:
         basic = param.basic_parameters
         self.root = cache_root(basic.cache_dir)
@@ -53,7 +60,7 @@ class SampleCache:
                 "attr": param.attr.to_dict(),
                 "reader": inspect.getsource(read),
                 "placeholders": PLACEHOLDERS,
-                "media": os.path.abspath(basic.dataset_dir),
+                "media": os.path.abspath(media_folder),
                 "max_samples": max_samples,
                 "keep_samples": self.keep_samples,
             },

@@ -160,7 +160,13 @@ def test_a_row_the_processor_refuses_is_named(dataset_param):
             r"basic_parameters\.packing: True is not available yet; remove the key",
         ),
         ("basic_parameters", {"neat_packing": True}, r"basic_parameters\.neat_packing: True is not available"),
-        ("basic_parameters", {"streaming": True}, r"basic_parameters\.streaming: True is not available"),
+        ("basic_parameters", {"streaming": True, "max_samples": 2}, r"max_samples needs the number of rows"),
+        ("basic_parameters", {"mixture": [{"dataset": "a.jsonl"}]}, r"mixture: there is a 'dataset' beside it"),
+        (
+            "basic_parameters",
+            {"dataset": None, "mixture": [{"dataset": "a.jsonl", "weight": 1}, {"dataset": "a.jsonl"}]},
+            r"mixture: some data sets have a weight and some have not",
+        ),
         ("basic_parameters", {"train_on_prompt": True, "mask_history": True}, r"contradict each other"),
         ("basic_parameters", {"dataset": None}, r"dataset_param\.basic_parameters\.dataset is required"),
         ("preprocess_parameters", {"model_name_or_path": None}, r"model_name_or_path is required"),
@@ -185,7 +191,7 @@ def test_keys_that_would_change_the_samples_are_refused(section, values, problem
             {"sampler_type": "BucketBatchSampler"},
             r"sampler_type: 'BucketBatchSampler' is not available yet; use one of",
         ),
-        ({"group_data": True}, r"group_data: True is not available"),
+        ({"group_frame": True}, r"group_frame: True is not available"),
         (
             {"collate_param": {"model_name": "qwen3v"}},
             r"model_name: 'qwen3v' is not available; .*Did you mean 'qwen3vl'",
