@@ -83,7 +83,7 @@ smaller.</p>
 
 def show(console: Console, name: str, summary: Summary, samples: Sequence[Rendered]) -> None:
     """Print a data set to the terminal."""
-    table = Table(title=name, title_justify="left", title_style="bold", show_header=False)
+    table = Table(title=Text(name), title_justify="left", title_style="bold", show_header=False)
     for fact, value in summary.facts:
         table.add_row(fact, value)
     console.print(table)
