@@ -103,8 +103,8 @@ class HuggingFaceBasic(Config):
     preprocessing_batch_size: Positive = 1000  # rows prepared at a time
     preprocessing_num_workers: Positive | None = None  # processes of a node that prepare samples; null: its ranks
     streaming: bool = False  # read the files while training instead of before it
-    packing: bool | None = None  # fill one sequence with several samples
-    neat_packing: bool = False  # with packing: samples of a sequence do not attend to each other
+    packing: bool | None = None  # fill sequences of --seq-length with several samples, which do not see each other
+    neat_packing: bool = False  # the same as packing
 
 
 class HuggingFaceAttributes(Config):
@@ -132,6 +132,8 @@ class HuggingFaceAttributes(Config):
     system_tag: str | None = "system"  # role of the system prompt
     observation_tag: str | None = "observation"  # role of a tool's answer
     function_tag: str | None = "function_call"  # role of a call of a tool
+
+    packing: bool | None = None  # the same as packing in basic_parameters
 
     ranking: bool = False  # rows hold a chosen and a rejected answer
     chosen: str | None = None  # column of the chosen answer

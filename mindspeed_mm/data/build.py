@@ -12,14 +12,15 @@ import torch.distributed as dist
 from torch.utils.data import default_collate
 
 from mindspeed_mm import accelerator
-from mindspeed_mm.data.collators import COLLATORS, PaddingCollator
+from mindspeed_mm.data.collators import COLLATORS, PackCollator, PaddingCollator
 from mindspeed_mm.data.conversations import iterate_conversations, read_conversations
 from mindspeed_mm.data.datasets import ConversationDataset
 from mindspeed_mm.data.encoding import ConversationEncoder, EncodingOptions
 from mindspeed_mm.data.formats import find_format, read_document
-from mindspeed_mm.data.keys import check_dataloader_keys, check_dataset_keys
+from mindspeed_mm.data.keys import check_dataloader_keys, check_dataset_keys, wants_packing
 from mindspeed_mm.data.loaders import MultiModalDataLoader
 from mindspeed_mm.data.mixing import MixedDataset
+from mindspeed_mm.data.model_inputs import ModelInputs
 from mindspeed_mm.data.planning import build_sampler
 from mindspeed_mm.data.quarantine import Quarantine
 from mindspeed_mm.data.rows import RowFiles
@@ -73,6 +74,7 @@ def build_mm_dataset(dataset_param: Any) -> Any:
         image_max_pixels=preprocess.image_max_pixels,
         image_min_pixels=preprocess.image_min_pixels,
         crop_to_patches=preprocess.crop_to_patches,
+        packing=wants_packing(param),
     )
 
     def conversations(
@@ -160,6 +162,7 @@ def build_mm_dataloader(
         rank=dist.get_rank(process_group) if grouped else 0,
         ranks=dist.get_world_size(process_group) if grouped else 1,
         consumed_samples=consumed_samples,
+        pack_to=dataset.encoder.options.pack_to if hasattr(dataset, "encoder") else None,
     )
     workers = param.num_workers or 0
     if workers:
@@ -193,7 +196,18 @@ def _collator(dataset: Any, param: Any) -> Any:
         pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if pad_id is None:
         raise UserError("data.json: dataloader_param.collate_param.pad_id is required: the tokenizer has no pad token")
-    return PaddingCollator(pad_id, param.pad_to_multiple_of, param.ignore_pad_token_for_loss)
+    options = encoder.options if encoder is not None else None
+    inputs = None
+    if options and (Path(options.folder) / "config.json").is_file():
+        inputs = ModelInputs(options.folder, options.trust_remote_code)
+    if options and options.pack_to:
+        if inputs is None:
+            raise UserError(
+                "data.json: packing: preprocess_parameters.model_name_or_path has no config.json, which says how the "
+                "model counts positions; set it to the folder of the whole model"
+            )
+        return PackCollator(options.pack_to, pad_id, inputs)
+    return PaddingCollator(pad_id, param.pad_to_multiple_of, param.ignore_pad_token_for_loss, inputs)
 
 
 def _typed(value: Any, section: str) -> Any:

@@ -53,11 +53,12 @@ class SampleCache:
         self.root = cache_root(basic.cache_dir)
         self.keep_samples: bool = basic.cache_samples
         self.processes = processes_per_rank(basic.preprocessing_num_workers)
-        encoding = {key: value for key, value in asdict(options).items() if key != "folder"}
+        # Packing joins samples that are what they are.
+        encoding = {key: value for key, value in asdict(options).items() if key not in ("folder", "packing")}
         self._of = (
             {
                 "encoding": encoding,
-                "attr": param.attr.to_dict(),
+                "attr": {key: value for key, value in param.attr.to_dict().items() if key != "packing"},
                 "reader": inspect.getsource(read),
                 "placeholders": PLACEHOLDERS,
                 "media": os.path.abspath(media_folder),
