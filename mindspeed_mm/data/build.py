@@ -24,6 +24,7 @@ from mindspeed_mm.data.model_inputs import ModelInputs
 from mindspeed_mm.data.planning import build_sampler
 from mindspeed_mm.data.quarantine import Quarantine
 from mindspeed_mm.data.rows import RowFiles
+from mindspeed_mm.data.sample_cache import SampleCache
 from mindspeed_mm.data.streaming import ConversationStream, as_stream
 from mindspeed_mm.data.templates import resolve_template
 from mindspeed_mm.errors import UserError, did_you_mean
@@ -62,9 +63,27 @@ def build_mm_dataset(dataset_param: Any) -> Any:
     read = read_document if attr.pretrain else find_format(attr.formatting)
     keep_bad = _keeps_bad(param)
 
-    def conversations(paths: str, max_samples: int | None, folder: str = basic.dataset_dir) -> tuple[Any, RowFiles]:
+    options = EncodingOptions(
+        folder=preprocess.model_name_or_path,
+        trust_remote_code=preprocess.trust_remote_code,
+        chat_template=chat_template,
+        enable_thinking=basic.enable_thinking and may_think,
+        seq_length=basic.seq_length,
+        train_on_prompt=basic.train_on_prompt,
+        mask_history=basic.mask_history,
+        image_max_pixels=preprocess.image_max_pixels,
+        image_min_pixels=preprocess.image_min_pixels,
+        crop_to_patches=preprocess.crop_to_patches,
+        packing=wants_packing(param),
+    )
+
+    def conversations(
+        paths: str, max_samples: int | None, folder: str = basic.dataset_dir
+    ) -> tuple[Any, RowFiles, SampleCache]:
         files = RowFiles([Path(path) for path in paths.split(",")])
-        return read_conversations(files, read, attr, folder, max_samples, keep_bad), files
+        cache = SampleCache(param, options, files.paths, read, folder, max_samples)
+        rows = cache.rows(lambda: read_conversations(files, read, attr, folder, max_samples, keep_bad))
+        return rows, files, cache
 
     named = basic.val_dataset if isinstance(basic.val_dataset, Mapping) else {"": basic.val_dataset}
     tables = {name: conversations(paths, basic.val_max_samples) for name, paths in named.items() if paths}
@@ -72,27 +91,17 @@ def build_mm_dataset(dataset_param: Any) -> Any:
     trained = [conversations(one.dataset, one.max_samples, one.dataset_dir or basic.dataset_dir) for one in mixture]
     if not mixture and not basic.streaming:
         trained = [conversations(basic.dataset, basic.max_samples)]
-    encoder = ConversationEncoder(
-        EncodingOptions(
-            folder=preprocess.model_name_or_path,
-            trust_remote_code=preprocess.trust_remote_code,
-            chat_template=chat_template,
-            enable_thinking=basic.enable_thinking and may_think,
-            seq_length=basic.seq_length,
-            train_on_prompt=basic.train_on_prompt,
-            mask_history=basic.mask_history,
-            image_max_pixels=preprocess.image_max_pixels,
-            image_min_pixels=preprocess.image_min_pixels,
-            crop_to_patches=preprocess.crop_to_patches,
-            packing=wants_packing(param),
-        )
-    )
+    encoder = ConversationEncoder(options)
     quarantine = None
     if keep_bad:
-        rows = sum(len(table) for table, _ in (*trained, *tables.values()))
-        quarantine = Quarantine(param.quarantine_folder, param.bad_sample_budget, rows)
-    train = [ConversationDataset(*table, encoder, quarantine) for table in trained]
-    valid = {name: ConversationDataset(*table, encoder, quarantine) for name, table in tables.items()}
+        count = sum(len(rows) for rows, _, _ in (*trained, *tables.values()))
+        quarantine = Quarantine(param.quarantine_folder, param.bad_sample_budget, count)
+
+    def conversation_set(rows: Any, files: RowFiles, cache: SampleCache) -> ConversationDataset:
+        return ConversationDataset(rows, files, encoder, quarantine, cache)
+
+    train = [conversation_set(*table) for table in trained]
+    valid = {name: conversation_set(*table) for name, table in tables.items()}
     if quarantine is not None:
         quarantine.add(bad for dataset in (*train, *valid.values()) for bad in dataset.bad_rows())
     if mixture:
@@ -143,6 +152,8 @@ def build_mm_dataloader(
     """
     param = _typed(dataloader_param, "dataloader_param")
     check_dataloader_keys(param)
+    if getattr(getattr(dataset, "cache", None), "keep_samples", False):
+        dataset.sizes  # noqa: B018 - samples are kept when their sizes are found
     dataset = as_stream(dataset)
     grouped = dist.is_initialized()
     sampler = build_sampler(
@@ -163,7 +174,7 @@ def build_mm_dataloader(
         sampler,
         _collator(dataset, param.collate_param),
         num_workers=workers,
-        pin_memory=param.pin_memory and accelerator.wants_pinned_memory(),
+        pin_memory=param.pin_memory is not False and accelerator.wants_pinned_memory(),
         persistent_workers=persistent,
         prefetch_factor=param.prefetch_factor if workers else None,
     )

@@ -14,14 +14,8 @@ _WITHOUT_EFFECT: list[tuple[str, tuple[str, ...], str]] = [
     (_BASIC, ("tool_format",), "tools are written as the model's chat template does"),
     (
         _BASIC,
-        (
-            "cache_dir",
-            "overwrite_cache",
-            "preprocess_on_fly",
-            "preprocessing_batch_size",
-            "preprocessing_num_workers",
-        ),
-        "samples are prepared when they are fetched, by --num-workers processes",
+        ("overwrite_cache", "preprocess_on_fly", "preprocessing_batch_size"),
+        "the cache knows by content what it has; mindspeed-mm data prepare --overwrite prepares it again",
     ),
     (_PREPROCESS, ("use_fast_tokenizer",), "the fast tokenizer is always used"),
     (_PREPROCESS, ("image_resolution",), "image_max_pixels and image_min_pixels decide"),
