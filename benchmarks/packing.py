@@ -9,8 +9,9 @@ measured with tracemalloc, in a run apart from the one that is timed. Every posi
 The pipelines read the same JSONL rows, decode the same JPEG files, render and label them with the same processor and
 pad to the longest of a batch; ours checks every row and image besides, and computes positions and vision metadata.
 The plain one takes its labels from the processor's assistant mask, which costs it much of its time; without labels it
-is measured as well. "Kept" has ``cache_samples``: processed samples, pixels included, come from the disk (prepared before
-the clock runs, as are the lengths that packs are planned with). They take turns, each time with fresh workers, and the medians are compared.
+is measured as well. "Kept" has ``cache_samples``: processed samples, pixels included, come from the disk; they are
+prepared before the clock runs, as are the lengths that packs are planned with. The pipelines take turns, each time with
+fresh workers, and the medians are compared.
 """
 
 from __future__ import annotations
