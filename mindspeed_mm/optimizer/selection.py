@@ -78,7 +78,7 @@ def build_optimizer(
     torch_groups = [group.to_optimizer_group(lr, weight_decay) for group in groups]
     fused: dict[str, Any] = {"fused": True} if accelerator.has_fused_optimizers() else {"foreach": True}
     if name == "sgd":
-        return SGD(torch_groups, momentum=momentum, **fused)
+        return SGD(torch_groups, momentum=momentum, foreach=True)  # the fused one does not take sharded parameters
     adam = {"betas": betas, "eps": eps, **fused}
     if name == "muon":
         return MuonWithAdamW(
