@@ -73,7 +73,7 @@ def choose_policies(
     1. ``ignored_modules`` names it: replicated.
     2. Listed units are in it, or it is one: per layer.
     3. It is small, and needs no cast to compute: replicated. Nothing of it is ever communicated, and that costs
-       only the shards of the others.
+       only the shards of the others. Small are as many as fit in ``replicate_up_to`` together.
     4. Units that nobody listed (``_no_split_modules``) are in it: per layer.
     5. Root: gathered with what else is left to the root.
 
@@ -85,7 +85,7 @@ def choose_policies(
         units: what is to be wrapped, by path.
         ignored: the parameters of ``ignored_modules``.
         listed: whether the user listed the units.
-        replicate_up_to: bytes of the largest tower that is small.
+        replicate_up_to: how many bytes rule 3 may replicate.
         dtype: what FSDP2 would gather parameters in; None keeps theirs.
 
     Returns:
@@ -102,13 +102,14 @@ def choose_policies(
         has_units = not all_units.isdisjoint(tower.modules())
         if not has_units and not held.isdisjoint(parameters):
             continue
-        is_small = sum(p.numel() * p.element_size() for p in parameters) <= replicate_up_to
+        size = sum(p.numel() * p.element_size() for p in parameters)
         if parameters.issubset(ignored):
             policy = "replicated, as ignored_modules says"
         elif has_units and listed:
             policy = "per layer, as sub_modules_to_wrap says"
-        elif is_small and all(p.dtype == (dtype or p.dtype) for p in parameters):
+        elif size <= replicate_up_to and all(p.dtype == (dtype or p.dtype) for p in parameters):
             policy = "replicated, it is small"
+            replicate_up_to -= size
             replicated[path] = tower
         elif has_units:
             policy = "per layer"

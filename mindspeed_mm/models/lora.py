@@ -127,8 +127,8 @@ def _find_targets(model: nn.Module, settings: LoraSettings, family: Family | Non
     if not open_to_training:
         raise UserError(
             f"--lora-target-modules: all that it matches is frozen, and what is frozen gets no adapter: "
-            f"{', '.join(summarise(inside))}. Set the 'freeze' keys of model.json to false for the parts that shall "
-            "get adapters: under LoRA their own weights are not trained in any case."
+            f"{', '.join(summarise(inside))}. Unfreeze in model.json what shall get adapters: under LoRA "
+            "its own weights are not trained in any case."
         )
     uses: dict[int, list[str]] = {}
     for name, parameter in named.items():

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from mindspeed_mm.distributed.fsdp2 import prepare_model
 from mindspeed_mm.distributed.meta import is_meta_init
@@ -128,6 +129,8 @@ class TransformersModel(MultiModalModule):
         self._add_token_types(input_ids, batch)
         own = self.model.generation_config.eos_token_id
         ends = {*stop, *(own if isinstance(own, list) else [own])} - {None}
+        if isinstance(self.model, FSDPModule):
+            self.model.unshard()  # some models look at the images before they call their own forward
         output = self.model.generate(
             input_ids=input_ids,
             do_sample=False,
@@ -137,6 +140,8 @@ class TransformersModel(MultiModalModule):
             synced_gpus=_is_one_of_several_ranks(),
             **batch,
         )
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()
         return output[0, input_ids.shape[1] :]
 
     def _add_token_types(self, input_ids: Tensor, batch: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ class EMAAdamW(AdamW):
     def __init__(self, params: Any, *, ema_decay: float, **kwargs: Any) -> None:
         super().__init__(params, **kwargs)
         self.ema_decay = ema_decay
+        self.skips_on_device = bool(self.defaults["fused"])  # as AdamW itself, where `self.found_inf` is 1
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
@@ -78,7 +79,7 @@ def build_optimizer(
     torch_groups = [group.to_optimizer_group(lr, weight_decay) for group in groups]
     fused: dict[str, Any] = {"fused": True} if accelerator.has_fused_optimizers() else {"foreach": True}
     if name == "sgd":
-        return SGD(torch_groups, momentum=momentum, foreach=True)  # the fused one does not take sharded parameters
+        return SGD(torch_groups, momentum=momentum, foreach=True)  # DTensor has no fused SGD
     adam = {"betas": betas, "eps": eps, **fused}
     if name == "muon":
         return MuonWithAdamW(

@@ -37,7 +37,6 @@ def problem(*argv: str, world_size: int = 1) -> str:
             "remove one",
         ),
         ("--calculate-square-loss", "--calculate-square-loss", "use --calculate-per-token-loss"),
-        ("--optimizer muon", "--optimizer muon", "use adam or sgd"),
         ("--lora-target-modules q_proj --lora-mixed-training", "--lora-mixed-training", "remove it"),
         ("--lora-r 4", "--lora-r", "there is no LoRA without --lora-target-modules"),
         ("--downcast-to-bf16", "--downcast-to-bf16", "param_dtype: bf16"),

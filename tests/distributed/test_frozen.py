@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mindspeed_mm.distributed.frozen import freeze, frozen_parts
+from mindspeed_mm.distributed.frozen import choose_policies, freeze, frozen_parts
 from mindspeed_mm.engine.fsdp2 import FSDP2Engine
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.optimizer import build_param_groups
@@ -139,6 +139,19 @@ def test_frozen_towers_are_held_by_the_rule(ranks2: RankPool, name: str) -> None
     ranks2.run(check_policy, name)
 
 
+def test_small_towers_together_keep_to_the_limit() -> None:
+    model = tiny(("layers.0", "layers.1", "layers.2"))
+    model.layers[2].linear.bias.requires_grad_(True)  # so that they are not one tower, layers
+    both = 2 * sum(p.numel() for p in model.layers[0].parameters()) * 4
+    for limit, expected in ((both, {"layers.0", "layers.1"}), (both - 1, {"layers.0"})):
+        replicated, lines = choose_policies(model, {}, set(), listed=False, replicate_up_to=limit, dtype=None)
+        assert replicated.keys() == expected
+    assert lines == [
+        "frozen layers.0 (30 parameters): replicated, it is small",
+        "frozen layers.1 (30 parameters): root, gathered with what is left to it",
+    ]
+
+
 def byte_size(tensors: Any) -> int:
     local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors if isinstance(t, torch.Tensor)]
     return sum(t.numel() * t.element_size() for t in local)
@@ -176,7 +189,7 @@ def check_memory(keys: dict[str, Any], frozen: tuple[str, ...]) -> dict[str, int
     model = tiny(frozen, width=6)
     plan = shard(model, **keys)
     groups = build_param_groups(model.named_parameters())
-    optimizer = torch.optim.AdamW([group.to_optimizer_group() for group in groups], fused=True)
+    optimizer = torch.optim.AdamW([group.to_optimizer_group(1e-3, 0.1) for group in groups], fused=True)
     engine = FSDP2Engine(
         model, optimizer, group=dist.group.WORLD, clip_grad=1.0, replicated=[p for _, p in plan.ignored]
     )

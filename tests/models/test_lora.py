@@ -69,6 +69,7 @@ def logits_of_the_sharded(folder: Path, family: str, settings: LoraSettings) -> 
         return model.eval()(**tiny_batch(family, [1, 0])).logits
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("case", CASES)
 def test_peft_loads_and_merges_the_same(

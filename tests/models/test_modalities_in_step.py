@@ -124,10 +124,15 @@ def on_ranks(case: Case, folder: str) -> dict[str, Any]:
     return collect(model.model, optimizer, losses, norms) | {"plan": "\n".join(plan.lines())}
 
 
+def ready() -> None:
+    """Ranks that have just been started import everything first, which no limit of ours is about."""
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.family}-{'frozen' if c.frozen else 'trained'}-{c.policy}")
 def test_pain_17_batches_of_different_kinds_keep_ranks_in_step(ranks2: RankPool, tmp_path: Path, case: Case) -> None:
     save_tiny(case.family, tmp_path)
     expected = in_one_process(case)
+    ranks2.run(ready)
     for found in ranks2.run(on_ranks, case, str(tmp_path), timeout=SECONDS):
         assert found["losses"] == pytest.approx(expected["losses"], rel=1e-6)
         assert found["norms"] == pytest.approx(expected["norms"], rel=1e-6)
@@ -145,6 +150,7 @@ def test_a_step_without_images_has_zero_gradients_for_the_tower(
     case = Case("qwen3_vl", False, "per layer", only=((IMAGE, TEXT), (TEXT, TEXT), (TEXT, TEXT)))
     save_tiny(case.family, tmp_path)
     after_first, after_all = in_one_process(replace(case, only=case.only[:1])), in_one_process(case)
+    pool.run(ready)
     tower = [n for n in after_all["state"] if n.startswith("model.visual.")]
     for name in (n for n in tower if n.endswith("exp_avg")):
         torch.testing.assert_close(after_all["state"][name], after_first["state"][name] * 0.9**2)

@@ -79,12 +79,11 @@ def test_a_full_pass_is_the_mean_over_every_sample(
 ) -> None:
     write_jsonl(tmp_path / "valid.jsonl", uneven_rows(job, count))
     job.data["dataset_param"]["basic_parameters"]["val_dataset"] = str(tmp_path / "valid.jsonl")
+    job.data["dataloader_param"]["drop_last"] = False  # else one sample is too few for a global micro batch
     expected = by_hand(job, hf_folder, 2)
     flags = {"per_token": "calculate-per-token-loss", "per_sample": "calculate-per-sample-loss", "default": None}
     for mode, flag in flags.items() if count > 1 else [("default", None)]:
-        job.flags.pop("calculate-per-token-loss", None)
-        if flag:
-            job.flags[flag] = True
+        job.flags |= {name: True if name == flag else None for name in flags.values() if name}
         save = tmp_path / mode
         outcome = run(
             ranks2, job, save=save, lr="0", train_iters=1, eval_iters=-1, micro_batch_size=2, global_batch_size=4

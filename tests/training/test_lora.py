@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from mindspeed_mm.checkpoint.convert import dcp_to_hf
+from mindspeed_mm.cli import app
+from mindspeed_mm.errors import UserError
 from tests.ranks import RankPool
 from tests.training.job import SCRIPTS, Job, run_here
 from tests.training.test_resume import losses, tensors
@@ -43,6 +47,7 @@ def assert_same_run(resumed: Path, straight: Path) -> None:
     assert not [key for key, value in expected.items() if not torch.equal(value, actual[key])]
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_ten_steps_are_five_and_five_and_peft_reads_them(
     lora_job: Job, hf_folder: Path, world_size: int, request: pytest.FixtureRequest, tmp_path: Path
@@ -69,6 +74,18 @@ def test_ten_steps_are_five_and_five_and_peft_reads_them(
             key = name.replace(".base_layer", "") if origin is before else f"model.model.{name}"
             assert torch.equal(value, origin[key]), name
         assert all(value.any() for name, value in model.state_dict().items() if ".lora_B" in name), "nothing learned"
+
+    command = ["convert", "lora-merge", "--hf-dir", hf_folder, "--adapter", straight, "--save-dir", tmp_path / "merged"]
+    result = CliRunner().invoke(app, [str(word) for word in command])
+    assert result.exit_code == 0, result
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").state_dict()
+    base = AutoModelForImageTextToText.from_pretrained(hf_folder)
+    expected = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).merge_and_unload().state_dict()
+    assert merged.keys() == expected.keys()
+    assert not [name for name, value in expected.items() if not torch.equal(value, merged[name])]
+    assert (tmp_path / "merged" / "tokenizer_config.json").is_file()
+    with pytest.raises(UserError, match=r"iter_0000010 holds adapters \(LoRA\): use mindspeed-mm convert lora-merge"):
+        dcp_to_hf(straight, tmp_path / "none", hf_folder)
 
 
 def test_what_does_not_fit_is_said(lora_job: Job, ranks1: RankPool, tmp_path: Path) -> None:

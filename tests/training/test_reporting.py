@@ -189,7 +189,8 @@ def test_a_log_writes_steps_and_validation_to_its_sinks(monkeypatch: pytest.Monk
     (second, *at_second), (_, *at_fourth), validation, closed = rows
     assert (at_second, at_fourth) == ([2, 16], [4, 32])
     assert {"loss": 2.0, "grad-norm": 2.0, "learning-rate": 1e-3, "throughput": 16.0}.items() <= second.items()
-    assert validation == ({"loss validation": 7.0}, 4, 32)
+    perplexity = pytest.approx(1096.633158)  # e to the 7
+    assert validation == ({"loss validation": 7.0, "loss validation ppl": perplexity}, 4, 32)
     assert closed == ({}, 0, 0)
 
 

@@ -61,7 +61,8 @@ def frozen_line(model: nn.Module) -> str | None:
             "model.json: every parameter is frozen, nothing is left to train. Shorten the list 'freeze', "
             f"or set one of these to false: {', '.join(FREEZE_KEYS.values())}."
         )
-    return f"frozen: {frozen:,} of {sum(p.numel() for p in parameters):,} parameters, in {', '.join(parts)}"
+    names = ", ".join([*parts][:8]) + (f" and {len(parts) - 8} more" if len(parts) > 8 else "")
+    return f"frozen: {frozen:,} of {sum(p.numel() for p in parameters):,} parameters, in {names}"
 
 
 def _not_found(model: nn.Module, family: Family, component: str, key: str) -> str:
