@@ -28,6 +28,7 @@ class EncodingOptions:
         folder: ``preprocess_parameters.model_name_or_path``.
         chat_template: text of a template to use instead of the folder's.
         seq_length: the longest sample, in tokens; None for no limit.
+        packing: samples are packed into sequences of ``seq_length`` afterwards.
     """
 
     folder: str
@@ -40,6 +41,12 @@ class EncodingOptions:
     image_max_pixels: int = 768 * 768
     image_min_pixels: int = 32 * 32
     crop_to_patches: bool = False
+    packing: bool = False
+
+    @property
+    def pack_to(self) -> int | None:
+        """Tokens of the sequence that samples are packed into; None if they are not."""
+        return self.seq_length if self.packing else None
 
 
 class ConversationEncoder:
