@@ -143,7 +143,6 @@ def test_keys_that_contradict_each_other(
 def test_packing_needs_the_model_s_config(dataset_param: Callable[..., dict[str, Any]], key: str) -> None:
     dataset = build_mm_dataset(dataset_param(seq_length=64, **{key: True}))
     assert dataset.encoder.options.pack_to == 64
-    dataset.sizes = np.full((8, 2), 30)
     with pytest.raises(UserError, match=r"packing: preprocess_parameters.model_name_or_path has no config.json"):
         build_mm_dataloader(dataset, {"batch_size": 1})
 
@@ -162,7 +161,6 @@ def test_an_epoch_of_packs_is_an_epoch_of_samples(
         param["preprocess_parameters"]["model_name_or_path"] = str(folder)
         dataset = build_mm_dataset(param)
         lengths = [len(dataset[index]["input_ids"]) for index in range(8)]
-        dataset.sizes = np.array([[length, 64] for length in lengths])
         loader = build_mm_dataloader(dataset, {"batch_size": 2 - packing, "num_workers": int(packing)})
         model = TransformersModel({"init_from_hf_path": str(folder), "loss_cfg": {"loss_type": "per_token_loss"}})
         outputs = [model(**batch) for batch in loader]
