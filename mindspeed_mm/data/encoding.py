@@ -41,6 +41,8 @@ class EncodingOptions:
     image_max_pixels: int = 768 * 768
     image_min_pixels: int = 32 * 32
     crop_to_patches: bool = False
+    min_patches: int | None = None
+    max_patches: int | None = None
     packing: bool = False
 
     @property
@@ -82,9 +84,11 @@ class ConversationEncoder:
             self.processor.chat_template = self.options.chat_template
         self._takes_images = hasattr(self.processor, "image_processor")
         self._renderer = ChatRenderer(self.processor, self.options.enable_thinking)
-        self._image_options = {}
+        self._image_options: dict[str, Any] = {}
         if self._takes_images and hasattr(self.processor.image_processor, "crop_to_patches"):
-            self._image_options["crop_to_patches"] = self.options.crop_to_patches
+            for key in ("crop_to_patches", "min_patches", "max_patches"):
+                if (value := getattr(self.options, key)) is not None:
+                    self._image_options[key] = value
         self._warned = False
         self._stand_in: dict[str, torch.Tensor] | None = None
 

@@ -86,7 +86,7 @@ class Quarantine:
             )
         self._known |= new.keys()
         if len(self._known) > self.limit:
-            last = f" The last: {list(new.values())[-1]}." if new else ""
+            last = f" The last: {str(list(new.values())[-1]).rstrip('.')}." if new else ""
             raise UserError(
                 f"{self.path}: {len(self._known)} bad samples are more than dataset_param.bad_sample_budget allows "
                 f"({self._allowed}).{last} Repair the data, or raise the budget."
