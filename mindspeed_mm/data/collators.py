@@ -47,10 +47,11 @@ class PaddingCollator:
         width = -(-max(lengths) // self.pad_to_multiple_of) * self.pad_to_multiple_of
         batch: dict[str, Any] = {}
         for key, values in _by_key(samples).items():
-            if values[0].ndim == 1:
+            if _is_per_token(key, samples):
                 rows = values[0].new_full((len(samples), width), self._fill.get(key, 0))
-                for row, value in zip(rows, values, strict=True):
-                    row[: len(value)] = value
+                for row, sample, length in zip(rows, samples, lengths, strict=True):
+                    if key in sample:
+                        row[:length] = sample[key]
                 batch[key] = rows
             else:
                 batch[key] = torch.cat(values)
@@ -101,7 +102,7 @@ class PackCollator:
         spans = list(pairwise(ends))
         batch: dict[str, Any] = {}
         for key, values in _by_key(samples).items():
-            if values[0].ndim == 1:
+            if _is_per_token(key, samples):
                 row = values[0].new_full((1, self.capacity), self._fill.get(key, 0))
                 for (start, end), sample in zip(spans, samples, strict=True):
                     if key in sample:
@@ -119,6 +120,11 @@ class PackCollator:
         if metadata := self._model_inputs.vision_metadata(batch):
             batch["vision_metadata"] = metadata
         return batch
+
+
+def _is_per_token(key: str, samples: Sequence[dict[str, torch.Tensor]]) -> bool:
+    """Return whether the value belongs to the tokens; what belongs to images or videos is never as long."""
+    return all(sample[key].shape == sample["input_ids"].shape for sample in samples if key in sample)
 
 
 def _by_key(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, list[torch.Tensor]]:

@@ -74,10 +74,19 @@ class ModelInputs:
             For ``image`` and ``video``, each if the batch has some and the tower takes it: the keyword arguments of
             its forward, tensors but for ``max_seqlen`` and ``max_window_seqlen``.
         """
-        if self._config.model_type not in _TOWERS:
+        if self._config.model_type not in _TOWERS or not _towers_take_metadata():
             return {}
         grids = {kind: batch.get(f"{kind}_grid_thw") for kind in ("image", "video")}
         return {kind: _of_grid(self._config.vision_config, grid) for kind, grid in grids.items() if grid is not None}
+
+
+def _towers_take_metadata() -> bool:
+    """Return whether transformers is new enough."""
+    try:
+        from transformers import vision_utils
+    except ImportError:
+        return False
+    return hasattr(vision_utils, "get_vision_interpolation_indices_and_weights")
 
 
 def _of_grid(config: Any, grid: Tensor) -> dict[str, Any]:

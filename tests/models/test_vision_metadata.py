@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mindspeed_mm.data.collators import PackCollator, PaddingCollator
 from mindspeed_mm.data.model_inputs import ModelInputs
+from mindspeed_mm.distributed.recompute import recompute
 from mindspeed_mm.models.transformers_model import TransformersModel
 from tests.models.tiny import save_tiny, tiny_batch
 
@@ -72,6 +73,19 @@ def test_loss_and_gradients_are_those_without_it_bit_for_bit(folders: dict[str, 
     for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         assert (a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad), name
     assert waits[1] <= waits[0] / 3
+
+
+def test_a_recomputed_tower_gets_it_again(folders: dict[str, Path]) -> None:
+    folder = folders["qwen3_vl"]
+    gradients = []
+    for recomputed in (False, True):
+        model = TransformersModel({"init_from_hf_path": str(folder)})
+        if recomputed:
+            recompute(model.model.model.visual)
+            recompute(model.model.model.language_model)
+        model(**PackCollator(64, 0, ModelInputs(folder))(samples_of("qwen3_vl")))["loss"].backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
