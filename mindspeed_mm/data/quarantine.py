@@ -112,5 +112,5 @@ def summarise(folder: str | Path) -> str | None:
     new = path.with_suffix(".jsonl.new")
     new.write_text("".join(json.dumps(entries[key]) + "\n" for key in sorted(entries)), encoding="utf-8")
     new.replace(path)
-    files = Counter(file for file, _ in entries)
+    files = Counter(file for file, _ in sorted(entries))
     return f"{len(entries)} bad sample(s) were left out ({', '.join(f'{n} of {f}' for f, n in files.items())}): {path}"
