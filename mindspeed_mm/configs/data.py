@@ -50,6 +50,8 @@ class HuggingFacePreprocess(Config):
     image_resolution: Positive = 512  # side of a square image, for processors that want one
     image_do_pan_and_scan: bool = False  # add crops of wide and tall images (Gemma processors)
     crop_to_patches: bool = False  # cut an image into tiles (InternVL processors)
+    min_patches: Positive | None = None  # tiles at least; null: the processor's number
+    max_patches: Positive | None = None  # tiles at most; null: the processor's number
 
     video_max_pixels: Positive = 256 * 256  # as for images, for each frame
     video_min_pixels: Count = 16 * 16  # as for images, for each frame

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+_TIE = 1e-6
+
 
 def balance(work: np.ndarray, micro_batches: int, ranks: int) -> np.ndarray:
     """Spread a global batch over ranks and micro batches.
@@ -29,16 +31,16 @@ def balance(work: np.ndarray, micro_batches: int, ranks: int) -> np.ndarray:
     result = np.empty((micro_batches, ranks, room), dtype=np.int64)
     order = np.argsort(-work.max(axis=1), kind="stable")
     for number, layer in enumerate(order.reshape(micro_batches, -1)):
-        load = np.zeros_like(before)
+        load = before * _TIE  # what came before only decides between ranks that are alike now
         count = np.zeros(ranks, dtype=int)
         for unit in layer:
-            added = (load * work[unit]).sum(axis=1)
+            added = load @ work[unit]
             added[count == room] = np.inf
-            rank = np.lexsort(((before * work[unit]).sum(axis=1), added))[0]
+            rank = added.argmin()
             result[number, rank, count[rank]] = unit
-            load[rank] += work[unit]
             count[rank] += 1
-        before += load
+            load[rank] += work[unit]
+            before[rank] += work[unit]
     return np.sort(result, axis=2)
 
 

@@ -65,7 +65,7 @@ class Packs:
     name = "packs"
 
     def __init__(self, lengths: np.ndarray, capacity: int, window: int | None = None) -> None:
-        self.lengths = np.minimum(lengths, capacity)
+        self.lengths = np.clip(lengths, 1, capacity)
         self.capacity = capacity
         mean = max(1.0, float(self.lengths.mean())) if len(lengths) else 1.0
         self.window = window or max(1, round(_PACKS_IN_WINDOW * capacity / mean))
@@ -87,12 +87,13 @@ class TokenBudget:
         lengths: tokens of every sample, (N,), none more than the budget.
         budget: tokens of a micro batch, padding included.
         window: samples that are looked at when micro batches are filled.
+        multiple: the length of a micro batch is padded to a multiple of this.
     """
 
     name = "token budgets"
 
-    def __init__(self, lengths: np.ndarray, budget: int, window: int) -> None:
-        self.lengths = lengths
+    def __init__(self, lengths: np.ndarray, budget: int, window: int, multiple: int = 1) -> None:
+        self.lengths = np.minimum(-(-lengths // multiple) * multiple, budget)
         self.budget = budget
         self.window = window
 

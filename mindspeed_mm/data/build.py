@@ -21,12 +21,14 @@ from mindspeed_mm.data.keys import check_dataloader_keys, check_dataset_keys, wa
 from mindspeed_mm.data.loaders import MultiModalDataLoader
 from mindspeed_mm.data.mixing import MixedDataset
 from mindspeed_mm.data.model_inputs import ModelInputs
+from mindspeed_mm.data.multimodal import as_huggingface
 from mindspeed_mm.data.planning import build_sampler
 from mindspeed_mm.data.quarantine import Quarantine
 from mindspeed_mm.data.rows import RowFiles
 from mindspeed_mm.data.sample_cache import SampleCache
 from mindspeed_mm.data.streaming import ConversationStream, as_stream
 from mindspeed_mm.data.templates import resolve_template
+from mindspeed_mm.data.video import VideoLimits
 from mindspeed_mm.errors import UserError, did_you_mean
 
 
@@ -48,10 +50,8 @@ def build_mm_dataset(dataset_param: Any) -> Any:
         UserError: a key, a file, a row or the processor's folder is not usable.
     """
     param = _typed(dataset_param, "dataset_param")
-    if param.dataset_type != "huggingface":
-        raise UserError(
-            f"data.json: dataset_param.dataset_type: {param.dataset_type!r} is not available yet; use 'huggingface'"
-        )
+    if param.dataset_type == "multimodal":
+        param = as_huggingface(param)
     check_dataset_keys(param)
     basic, preprocess, attr = param.basic_parameters, param.preprocess_parameters, param.attr
     for key, value in (("basic_parameters.dataset", basic.dataset or basic.mixture),
@@ -73,7 +73,15 @@ def build_mm_dataset(dataset_param: Any) -> Any:
         mask_history=basic.mask_history,
         image_max_pixels=preprocess.image_max_pixels,
         image_min_pixels=preprocess.image_min_pixels,
+        video=VideoLimits(
+            fps=preprocess.video_fps,
+            maxlen=preprocess.video_maxlen,
+            max_pixels=preprocess.video_max_pixels,
+            min_pixels=preprocess.video_min_pixels,
+        ),
         crop_to_patches=preprocess.crop_to_patches,
+        min_patches=preprocess.min_patches,
+        max_patches=preprocess.max_patches,
         packing=wants_packing(param),
     )
 

@@ -27,7 +27,7 @@ def describe_samples(options: Mapping[str, Any], files: Iterable[Path], processo
         files: with the rows; their content counts, not their names.
         processor: Hugging Face folder; the content of its processor, tokenizer and template files counts.
     """
-    parts = sorted(path for path in processor.iterdir() if path.suffix in _PROCESSOR_FILES)
+    parts = sorted(path for path in processor.glob("*") if path.suffix in _PROCESSOR_FILES)
     return {
         "format": FORMAT,
         "packages": {name: version(name) for name in _PACKAGES},

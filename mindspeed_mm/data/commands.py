@@ -95,7 +95,8 @@ def _data_sets(options: Namespace) -> dict[str, ConversationDataset]:
     param: Any = options.mm.data.dataset_param
     if param is None:
         raise UserError(f"{options.mm_data}: has no dataset_param; data of your own loaders cannot be looked at")
-    param.basic_parameters.streaming = False  # what is streamed in training can still be looked at
+    if param.dataset_type == "huggingface":
+        param.basic_parameters.streaming = False  # what is streamed in training can still be looked at
     param.on_bad_sample, param.bad_sample_budget = "quarantine", sys.maxsize
     with tempfile.TemporaryDirectory() as param.quarantine_folder:
         made = build_mm_dataset(param)

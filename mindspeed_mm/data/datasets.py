@@ -158,9 +158,15 @@ class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
         return self.files.where(row["file"], row["row"])
 
     def question(self, index: int) -> Question:
-        """Return one row without its last answer; see `Question`."""
+        """Return one row without its last answer; see `Question`.
+
+        Raises:
+            BadSample: the row cannot be trained on.
+        """
         row = self.rows[index]
         where = self.files.where(row["file"], row["row"])
+        if row["problem"]:
+            raise BadSample(where, row["problem"])
         inputs, answer = self.encoder.encode_question(row, where)
         pictures = [load_image(path, where, options.image_max_pixels, options.image_min_pixels)
                     for options in [self.encoder.options] for path in row["images"]]  # fmt: skip

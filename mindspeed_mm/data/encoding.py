@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from mindspeed_mm.data.images import load_image
 from mindspeed_mm.data.processors import load_processor
 from mindspeed_mm.data.prompts import ChatRenderer, Prompt
 from mindspeed_mm.data.quarantine import BadSample
+from mindspeed_mm.data.video import VideoLimits, load_video
 from mindspeed_mm.errors import UserError
 
 IGNORE_INDEX = -100
@@ -40,7 +41,10 @@ class EncodingOptions:
     mask_history: bool = False
     image_max_pixels: int = 768 * 768
     image_min_pixels: int = 32 * 32
+    video: VideoLimits = field(default_factory=VideoLimits)
     crop_to_patches: bool = False
+    min_patches: int | None = None
+    max_patches: int | None = None
     packing: bool = False
 
     @property
@@ -82,9 +86,11 @@ class ConversationEncoder:
             self.processor.chat_template = self.options.chat_template
         self._takes_images = hasattr(self.processor, "image_processor")
         self._renderer = ChatRenderer(self.processor, self.options.enable_thinking)
-        self._image_options = {}
+        self._image_options: dict[str, Any] = {}
         if self._takes_images and hasattr(self.processor.image_processor, "crop_to_patches"):
-            self._image_options["crop_to_patches"] = self.options.crop_to_patches
+            for key in ("crop_to_patches", "min_patches", "max_patches"):
+                if (value := getattr(self.options, key)) is not None:
+                    self._image_options[key] = value
         self._warned = False
         self._stand_in: dict[str, torch.Tensor] | None = None
 
@@ -107,10 +113,20 @@ class ConversationEncoder:
         if images and not self._takes_images:
             raise BadSample(where, f"the row has images but the model in {self.options.folder} only reads text")
         options = self.options
+        if row.get("audios"):
+            raise BadSample(where, "the row has audio, which is not available; remove it")
+        videos = row.get("videos") or []
+        if videos and not hasattr(self.processor, "video_processor"):
+            raise BadSample(
+                where,
+                f"the row has videos but the processor in {options.folder} takes none; install torchvision if its "
+                "model does, or remove the row",
+            )
+        clips = [load_video(path, where, self.processor.video_processor, options.video) for path in videos]
         pictures = [load_image(path, where, options.image_max_pixels, options.image_min_pixels) for path in images]
         try:
             prompt = self._renderer.render(row)
-            sample = self._shorten(*self._tokenize(prompt, pictures), where)
+            sample = self._shorten(*self._tokenize(prompt, pictures, clips), where)
         except UserError as error:
             raise BadSample(where, str(error)) from None
         except Exception as error:  # templates and processors are the model's own code
@@ -140,7 +156,9 @@ class ConversationEncoder:
         tokens = sample["input_ids"][answer]
         return {key: v[None, :start] if v.ndim == 1 else v for key, v in sample.items()}, tokens
 
-    def _tokenize(self, prompt: Prompt, pictures: list[Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    def _tokenize(
+        self, prompt: Prompt, pictures: list[Any], clips: Sequence[tuple[Any, Any]] = ()
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Return the sample and a mask (L,) of its image tokens."""
         # As in apply_chat_template: where the template has written the BOS token, a second one would be wrong.
         bos = self.tokenizer.bos_token
@@ -148,8 +166,12 @@ class ConversationEncoder:
         kwargs: dict[str, Any] = {"return_offsets_mapping": True, "add_special_tokens": special}
         if pictures:
             kwargs.update(images=pictures, return_text_replacement_offsets=True, **self._image_options)
+        if clips:
+            frames, metadata = zip(*clips, strict=True)
+            kwargs.update(videos=list(frames), video_metadata=list(metadata), do_sample_frames=False)
+            kwargs.update(return_text_replacement_offsets=True)
         encoded = (self.processor if self._takes_images else self.tokenizer)(text=[prompt.text], **kwargs)
-        replaced = encoded.pop("text_replacement_offsets")[0] if pictures else []
+        replaced = encoded.pop("text_replacement_offsets")[0] if pictures or clips else []
         encoded = encoded.convert_to_tensors("pt")
         starts, ends = encoded.pop("offset_mapping")[0].unbind(-1)
 

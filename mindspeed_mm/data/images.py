@@ -44,6 +44,14 @@ def load_image(path: str, where: str, max_pixels: int, min_pixels: int) -> Any:
     except Exception as error:  # a broken file makes Pillow's decoders stumble in any way
         raise BadSample(where, f"image {path} cannot be decoded: {error}; replace the file") from error
 
+    return bring_between(image, min_pixels, max_pixels)
+
+
+def bring_between(image: Any, min_pixels: int, max_pixels: int) -> Any:
+    """Scale a ``PIL.Image.Image`` so that its area lies between the two, by the nearest pixels."""
+    from PIL import Image
+
+    width, height = image.size
     area = width * height
     scale = math.sqrt(max_pixels / area) if area > max_pixels else math.sqrt(min_pixels / area)
     if area > max_pixels or area < min_pixels:

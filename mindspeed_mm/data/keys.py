@@ -19,18 +19,8 @@ _WITHOUT_EFFECT: list[tuple[str, tuple[str, ...], str]] = [
     ),
     (_PREPROCESS, ("use_fast_tokenizer",), "the fast tokenizer is always used"),
     (_PREPROCESS, ("image_resolution",), "image_max_pixels and image_min_pixels decide"),
-    (
-        _PREPROCESS,
-        (
-            "video_max_pixels",
-            "video_min_pixels",
-            "video_resolution",
-            "video_fps",
-            "video_maxlen",
-            "audio_sampling_rate",
-        ),
-        "rows with videos or audio are refused",
-    ),
+    (_PREPROCESS, ("video_resolution",), "video_max_pixels and video_min_pixels decide"),
+    (_PREPROCESS, ("audio_sampling_rate",), "rows with audio are refused"),
 ]
 _NOT_AVAILABLE: list[tuple[str, tuple[str, ...]]] = [
     (_PREPROCESS, ("split_special_tokens", "image_do_pan_and_scan", "use_audio_in_video")),

@@ -91,7 +91,8 @@ def _source(dataset: Any, param: Any, global_batch_size: int, pack_to: int | Non
                 f"{name} has {tokens[longest]} tokens, more than --max-seq-len {param.max_seq_len} allows a micro "
                 "batch; raise it, or lower --seq-length"
             )
-        plan = TokenBudget(tokens, param.max_seq_len, param.dynamic_batch_buffer_size)
+        multiple = param.collate_param.pad_to_multiple_of
+        plan = TokenBudget(tokens, param.max_seq_len, param.dynamic_batch_buffer_size, multiple)
         about["budget"] = f"{param.max_seq_len} of {param.dynamic_batch_buffer_size}"
     return IndexWindows(order, len(dataset), plan, about)
 

@@ -86,7 +86,7 @@ class Quarantine:
             )
         self._known |= new.keys()
         if len(self._known) > self.limit:
-            last = f" The last: {list(new.values())[-1]}." if new else ""
+            last = f" The last: {str(list(new.values())[-1]).rstrip('.')}." if new else ""
             raise UserError(
                 f"{self.path}: {len(self._known)} bad samples are more than dataset_param.bad_sample_budget allows "
                 f"({self._allowed}).{last} Repair the data, or raise the budget."
@@ -112,5 +112,5 @@ def summarise(folder: str | Path) -> str | None:
     new = path.with_suffix(".jsonl.new")
     new.write_text("".join(json.dumps(entries[key]) + "\n" for key in sorted(entries)), encoding="utf-8")
     new.replace(path)
-    files = Counter(file for file, _ in entries)
+    files = Counter(file for file, _ in sorted(entries))
     return f"{len(entries)} bad sample(s) were left out ({', '.join(f'{n} of {f}' for f, n in files.items())}): {path}"

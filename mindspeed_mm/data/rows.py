@@ -121,7 +121,7 @@ def _read_lines(path: Path) -> Iterator[Row]:
 
 def _parse(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8"))
+        return json.loads(line.rstrip().decode("utf-8"))
     except json.JSONDecodeError as error:
         return Unreadable(f"broken JSON: {error.msg} (column {error.colno}); each line must hold one object")
     except UnicodeDecodeError as error:

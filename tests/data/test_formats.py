@@ -235,3 +235,63 @@ def test_templates_that_are_not_known_and_templates_in_a_file(dataset_param, tmp
     options = EncodingOptions(str(processor_folder("text")))
     assert equal(dataset[0], ConversationEncoder(options).encode(row, "row"))
     assert dataset.encoder.tokenizer.chat_template == TOOLS
+
+
+def multimodal(folder: Path, processor: Path, **keys: Any) -> dict[str, Any]:
+    rows = [
+        {
+            "id": n,
+            "image": Path(row["images"][0]).name,
+            "conversations": [
+                {"from": ("human", "gpt")[k], "value": turn["content"]} for k, turn in enumerate(row["messages"])
+            ],
+        }
+        for n, row in enumerate(save_digits(folder))
+    ]
+    write_jsonl(folder / "a.jsonl", rows[:6])
+    write_jsonl(folder / "b.jsonl", [*rows[6:], {"conversations": TEXT}])
+    return {
+        "dataset_type": "multimodal",
+        "basic_parameters": [
+            {"data_path": str(folder / "a.jsonl"), "data_folder": str(folder / "images"), "repeat_time": 0.5},
+            {"data_path": str(folder / "b.jsonl"), "data_folder": str(folder / "images"), "repeat_time": 2},
+        ],
+        "preprocess_parameters": {"image_reader_type": "torchvision", "train_pipeline": {"image": []}},
+        "tokenizer_config": {"from_pretrained": str(processor)},
+        "dynamic_image_size": True,
+        "use_thumbnail": True,
+        "max_dynamic_patch": 3,
+        "image_size": 448,
+        **keys,
+    }
+
+
+TEXT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+
+
+def test_rows_and_keys_of_internvl(dataset_param, processor_folder, tmp_path, capsys):
+    processor = processor_folder("internvl")
+    dataset = build_mm_dataset(multimodal(tmp_path, processor))
+    assert "image_size, preprocess_parameters.image_reader_type" in capsys.readouterr().out
+    param = dataset_param(family="internvl")
+    param["preprocess_parameters"] |= {"crop_to_patches": True, "max_patches": 3, "image_max_pixels": 2**31}
+    expected = build_mm_dataset(param)
+    # Half of the first six, twice the other two and a row of text.
+    assert [len(part) for part in dataset.parts] == [6, 3] and sum(share.per_epoch for share in dataset.shares) == 9
+    assert all(equal(dataset[n], expected[n]) for n in range(8))
+    assert labelled(dataset[8], dataset.encoder.tokenizer) == "Hello<|im_end|>"
+    one = build_mm_dataset(multimodal(tmp_path, processor, dynamic_image_size=False))
+    assert len(one[0]["pixel_values"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ({"group_by_length": True}, r"dataset_param\.group_by_length: True is not available; set dataloader_param"),
+        ({"use_thumbnail": False}, r"dataset_param\.use_thumbnail: False is not available; .* set it to true"),
+        ({"template_name": "internvl3"}, r"template: 'internvl3' is not known.*Did you mean 'internvl'"),
+    ],
+)
+def test_keys_of_internvl_that_would_change_the_samples_are_refused(keys, problem, processor_folder, tmp_path):
+    with pytest.raises(UserError, match=problem):
+        build_mm_dataset(multimodal(tmp_path, processor_folder("internvl"), **keys))
