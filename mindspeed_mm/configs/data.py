@@ -98,14 +98,15 @@ class HuggingFaceBasic(Config):
     train_on_prompt: bool = False  # the loss covers the user's turns too
     mask_history: bool = False  # the loss covers the last assistant turn only
 
-    cache_dir: str | None = None  # cache of prepared rows; do not share it between nodes
+    cache_dir: str | None = None  # caches of prepared samples; null: ~/.cache/mindspeed_mm/data
+    cache_samples: bool = False  # keep the tensors of samples in the cache too, pixels included
     overwrite_cache: bool = False  # prepare the rows again although the cache has them
     preprocess_on_fly: bool = False  # prepare a row when it is fetched, not all rows before training
     preprocessing_batch_size: Positive = 1000  # rows prepared at a time
-    preprocessing_num_workers: Positive | None = None  # processes that prepare rows; null: this one
+    preprocessing_num_workers: Positive | None = None  # processes of a node that prepare samples; null: its ranks
     streaming: bool = False  # read the files while training instead of before it
-    packing: bool | None = None  # fill one sequence with several samples
-    neat_packing: bool = False  # with packing: samples of a sequence do not attend to each other
+    packing: bool | None = None  # fill sequences of --seq-length with several samples, which do not see each other
+    neat_packing: bool = False  # the same as packing
 
 
 class HuggingFaceAttributes(Config):
@@ -133,6 +134,8 @@ class HuggingFaceAttributes(Config):
     system_tag: str | None = "system"  # role of the system prompt
     observation_tag: str | None = "observation"  # role of a tool's answer
     function_tag: str | None = "function_call"  # role of a call of a tool
+
+    packing: bool | None = None  # the same as packing in basic_parameters
 
     ranking: bool = False  # rows hold a chosen and a rejected answer
     chosen: str | None = None  # column of the chosen answer
@@ -250,7 +253,7 @@ class DataloaderParam(Config):
     sampler_type: str = "stateful_distributed_sampler"  # or BaseRandomBatchSampler, SequentialSampler, ...
     shuffle: bool = True  # a new order in every epoch, decided by --seed
     drop_last: bool = True  # leave out the samples that do not fill a global batch
-    pin_memory: bool = False  # batches in page-locked memory, for faster copies to the device
+    pin_memory: bool | None = None  # batches in page-locked memory; null: where the device copies faster from it
     prefetch_factor: Positive | None = None  # batches each worker holds ready; null: torch's default
     persistent_workers: bool | None = None  # keep workers between epochs; null: yes when there are any
     collate_param: CollateParam = Field(default_factory=CollateParam)

@@ -12,18 +12,20 @@ import torch.distributed as dist
 from torch.utils.data import default_collate
 
 from mindspeed_mm import accelerator
-from mindspeed_mm.data.collators import COLLATORS, PaddingCollator
+from mindspeed_mm.data.collators import COLLATORS, PackCollator, PaddingCollator
 from mindspeed_mm.data.conversations import iterate_conversations, read_conversations
 from mindspeed_mm.data.datasets import ConversationDataset
 from mindspeed_mm.data.encoding import ConversationEncoder, EncodingOptions
 from mindspeed_mm.data.formats import find_format, read_document
-from mindspeed_mm.data.keys import check_dataloader_keys, check_dataset_keys
+from mindspeed_mm.data.keys import check_dataloader_keys, check_dataset_keys, wants_packing
 from mindspeed_mm.data.loaders import MultiModalDataLoader
 from mindspeed_mm.data.mixing import MixedDataset
+from mindspeed_mm.data.model_inputs import ModelInputs
 from mindspeed_mm.data.multimodal import as_huggingface
 from mindspeed_mm.data.planning import build_sampler
 from mindspeed_mm.data.quarantine import Quarantine
 from mindspeed_mm.data.rows import RowFiles
+from mindspeed_mm.data.sample_cache import SampleCache
 from mindspeed_mm.data.streaming import ConversationStream, as_stream
 from mindspeed_mm.data.templates import resolve_template
 from mindspeed_mm.data.video import VideoLimits
@@ -61,9 +63,35 @@ def build_mm_dataset(dataset_param: Any) -> Any:
     read = read_document if attr.pretrain else find_format(attr.formatting)
     keep_bad = _keeps_bad(param)
 
-    def conversations(paths: str, max_samples: int | None, folder: str = basic.dataset_dir) -> tuple[Any, RowFiles]:
+    options = EncodingOptions(
+        folder=preprocess.model_name_or_path,
+        trust_remote_code=preprocess.trust_remote_code,
+        chat_template=chat_template,
+        enable_thinking=basic.enable_thinking and may_think,
+        seq_length=basic.seq_length,
+        train_on_prompt=basic.train_on_prompt,
+        mask_history=basic.mask_history,
+        image_max_pixels=preprocess.image_max_pixels,
+        image_min_pixels=preprocess.image_min_pixels,
+        video=VideoLimits(
+            fps=preprocess.video_fps,
+            maxlen=preprocess.video_maxlen,
+            max_pixels=preprocess.video_max_pixels,
+            min_pixels=preprocess.video_min_pixels,
+        ),
+        crop_to_patches=preprocess.crop_to_patches,
+        min_patches=preprocess.min_patches,
+        max_patches=preprocess.max_patches,
+        packing=wants_packing(param),
+    )
+
+    def conversations(
+        paths: str, max_samples: int | None, folder: str = basic.dataset_dir
+    ) -> tuple[Any, RowFiles, SampleCache]:
         files = RowFiles([Path(path) for path in paths.split(",")])
-        return read_conversations(files, read, attr, folder, max_samples, keep_bad), files
+        cache = SampleCache(param, options, files.paths, read, folder, max_samples)
+        rows = cache.rows(lambda: read_conversations(files, read, attr, folder, max_samples, keep_bad))
+        return rows, files, cache
 
     named = basic.val_dataset if isinstance(basic.val_dataset, Mapping) else {"": basic.val_dataset}
     tables = {name: conversations(paths, basic.val_max_samples) for name, paths in named.items() if paths}
@@ -71,34 +99,17 @@ def build_mm_dataset(dataset_param: Any) -> Any:
     trained = [conversations(one.dataset, one.max_samples, one.dataset_dir or basic.dataset_dir) for one in mixture]
     if not mixture and not basic.streaming:
         trained = [conversations(basic.dataset, basic.max_samples)]
-    encoder = ConversationEncoder(
-        EncodingOptions(
-            folder=preprocess.model_name_or_path,
-            trust_remote_code=preprocess.trust_remote_code,
-            chat_template=chat_template,
-            enable_thinking=basic.enable_thinking and may_think,
-            seq_length=basic.seq_length,
-            train_on_prompt=basic.train_on_prompt,
-            mask_history=basic.mask_history,
-            image_max_pixels=preprocess.image_max_pixels,
-            image_min_pixels=preprocess.image_min_pixels,
-            video=VideoLimits(
-                fps=preprocess.video_fps,
-                maxlen=preprocess.video_maxlen,
-                max_pixels=preprocess.video_max_pixels,
-                min_pixels=preprocess.video_min_pixels,
-            ),
-            crop_to_patches=preprocess.crop_to_patches,
-            min_patches=preprocess.min_patches,
-            max_patches=preprocess.max_patches,
-        )
-    )
+    encoder = ConversationEncoder(options)
     quarantine = None
     if keep_bad:
-        rows = sum(len(table) for table, _ in (*trained, *tables.values()))
-        quarantine = Quarantine(param.quarantine_folder, param.bad_sample_budget, rows)
-    train = [ConversationDataset(*table, encoder, quarantine) for table in trained]
-    valid = {name: ConversationDataset(*table, encoder, quarantine) for name, table in tables.items()}
+        count = sum(len(rows) for rows, _, _ in (*trained, *tables.values()))
+        quarantine = Quarantine(param.quarantine_folder, param.bad_sample_budget, count)
+
+    def conversation_set(rows: Any, files: RowFiles, cache: SampleCache) -> ConversationDataset:
+        return ConversationDataset(rows, files, encoder, quarantine, cache)
+
+    train = [conversation_set(*table) for table in trained]
+    valid = {name: conversation_set(*table) for name, table in tables.items()}
     if quarantine is not None:
         quarantine.add(bad for dataset in (*train, *valid.values()) for bad in dataset.bad_rows())
     if mixture:
@@ -149,6 +160,8 @@ def build_mm_dataloader(
     """
     param = _typed(dataloader_param, "dataloader_param")
     check_dataloader_keys(param)
+    if getattr(getattr(dataset, "cache", None), "keep_samples", False):
+        dataset.sizes  # noqa: B018 - samples are kept when their sizes are found
     dataset = as_stream(dataset)
     grouped = dist.is_initialized()
     sampler = build_sampler(
@@ -157,6 +170,7 @@ def build_mm_dataloader(
         rank=dist.get_rank(process_group) if grouped else 0,
         ranks=dist.get_world_size(process_group) if grouped else 1,
         consumed_samples=consumed_samples,
+        pack_to=dataset.encoder.options.pack_to if hasattr(dataset, "encoder") else None,
     )
     workers = param.num_workers or 0
     if workers:
@@ -168,7 +182,7 @@ def build_mm_dataloader(
         sampler,
         _collator(dataset, param.collate_param),
         num_workers=workers,
-        pin_memory=param.pin_memory and accelerator.wants_pinned_memory(),
+        pin_memory=param.pin_memory is not False and accelerator.wants_pinned_memory(),
         persistent_workers=persistent,
         prefetch_factor=param.prefetch_factor if workers else None,
     )
@@ -190,7 +204,18 @@ def _collator(dataset: Any, param: Any) -> Any:
         pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if pad_id is None:
         raise UserError("data.json: dataloader_param.collate_param.pad_id is required: the tokenizer has no pad token")
-    return PaddingCollator(pad_id, param.pad_to_multiple_of, param.ignore_pad_token_for_loss)
+    options = encoder.options if encoder is not None else None
+    inputs = None
+    if options and (Path(options.folder) / "config.json").is_file():
+        inputs = ModelInputs(options.folder, options.trust_remote_code)
+    if options and options.pack_to:
+        if inputs is None:
+            raise UserError(
+                "data.json: packing: preprocess_parameters.model_name_or_path has no config.json, which says how the "
+                "model counts positions; set it to the folder of the whole model"
+            )
+        return PackCollator(options.pack_to, pad_id, inputs)
+    return PaddingCollator(pad_id, param.pad_to_multiple_of, param.ignore_pad_token_for_loss, inputs)
 
 
 def _typed(value: Any, section: str) -> Any:

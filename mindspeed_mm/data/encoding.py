@@ -29,6 +29,7 @@ class EncodingOptions:
         folder: ``preprocess_parameters.model_name_or_path``.
         chat_template: text of a template to use instead of the folder's.
         seq_length: the longest sample, in tokens; None for no limit.
+        packing: samples are packed into sequences of ``seq_length`` afterwards.
     """
 
     folder: str
@@ -44,6 +45,12 @@ class EncodingOptions:
     crop_to_patches: bool = False
     min_patches: int | None = None
     max_patches: int | None = None
+    packing: bool = False
+
+    @property
+    def pack_to(self) -> int | None:
+        """Tokens of the sequence that samples are packed into; None if they are not."""
+        return self.seq_length if self.packing else None
 
 
 class ConversationEncoder:

@@ -14,14 +14,8 @@ _WITHOUT_EFFECT: list[tuple[str, tuple[str, ...], str]] = [
     (_BASIC, ("tool_format",), "tools are written as the model's chat template does"),
     (
         _BASIC,
-        (
-            "cache_dir",
-            "overwrite_cache",
-            "preprocess_on_fly",
-            "preprocessing_batch_size",
-            "preprocessing_num_workers",
-        ),
-        "samples are prepared when they are fetched, by --num-workers processes",
+        ("overwrite_cache", "preprocess_on_fly", "preprocessing_batch_size"),
+        "the cache knows by content what it has; mindspeed-mm data prepare --overwrite prepares it again",
     ),
     (_PREPROCESS, ("use_fast_tokenizer",), "the fast tokenizer is always used"),
     (_PREPROCESS, ("image_resolution",), "image_max_pixels and image_min_pixels decide"),
@@ -29,7 +23,6 @@ _WITHOUT_EFFECT: list[tuple[str, tuple[str, ...], str]] = [
     (_PREPROCESS, ("audio_sampling_rate",), "rows with audio are refused"),
 ]
 _NOT_AVAILABLE: list[tuple[str, tuple[str, ...]]] = [
-    (_BASIC, ("packing", "neat_packing")),
     (_PREPROCESS, ("split_special_tokens", "image_do_pan_and_scan", "use_audio_in_video")),
     (_ATTR, ("ranking", "chosen", "rejected")),
 ]
@@ -70,6 +63,32 @@ def check_dataset_keys(param: Any) -> None:
         given = [key for key in keys if key in getattr(param, section)]
         if given:
             print_rank_0(f"data.json: {', '.join(given)}: no effect, because {why}")
+
+
+def wants_packing(param: Any) -> bool:
+    """Return whether samples are to be packed, as any of the three keys for it may ask.
+
+    Args:
+        param: typed ``dataset_param``.
+
+    Raises:
+        UserError: the keys contradict each other, or nothing says how long a sequence is.
+    """
+    basic = param.basic_parameters
+    given = {
+        "basic_parameters.packing": basic.packing,
+        "basic_parameters.neat_packing": basic.neat_packing or None,
+        "attr.packing": param.attr.packing,
+    }
+    asked = [key for key, value in given.items() if value]
+    refused = [key for key, value in given.items() if value is False]
+    if asked and refused:
+        raise UserError(
+            f"data.json: dataset_param: {asked[0]} is true and {refused[0]} is false; they mean the same, set one"
+        )
+    if asked and basic.seq_length is None:
+        raise UserError(f"data.json: dataset_param.{asked[0]}: pass --seq-length, the tokens of a packed sequence")
+    return bool(asked)
 
 
 def _check_mixture(param: Any) -> None:

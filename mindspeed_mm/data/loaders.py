@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from mindspeed_mm.data.parcel import Parcel
 from mindspeed_mm.data.quarantine import BadSample
 from mindspeed_mm.errors import UserError
 
@@ -80,6 +81,8 @@ class MultiModalDataLoader(StatefulDataLoader):
             # A new one: raised itself, it would hold this frame, which holds it, and workers end late as cyclic
             # garbage.
             raise type(batch)(*batch.args)
+        if isinstance(batch, Parcel):
+            return batch.unpack()
         if isinstance(batch, Batch):
             self.dataset.quarantine.add(batch.bad)
         return batch
@@ -124,4 +127,6 @@ class _GuardedCollate:
             return mistake
         bad = [sample.error for sample in samples if isinstance(sample, _StandIn)]
         batch = self.collate_fn([sample.values if isinstance(sample, _StandIn) else sample for sample in samples])
-        return Batch(batch, bad) if bad else batch
+        if bad:
+            return Batch(batch, bad)
+        return Parcel(batch) if type(batch) is dict and get_worker_info() is not None else batch

@@ -154,12 +154,6 @@ def test_a_row_the_processor_refuses_is_named(dataset_param):
 @pytest.mark.parametrize(
     ("section", "values", "problem"),
     [
-        (
-            "basic_parameters",
-            {"packing": True},
-            r"basic_parameters\.packing: True is not available yet; remove the key",
-        ),
-        ("basic_parameters", {"neat_packing": True}, r"basic_parameters\.neat_packing: True is not available"),
         ("basic_parameters", {"streaming": True, "max_samples": 2}, r"max_samples needs the number of rows"),
         ("basic_parameters", {"mixture": [{"dataset": "a.jsonl"}]}, r"mixture: there is a 'dataset' beside it"),
         (

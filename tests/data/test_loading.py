@@ -184,7 +184,7 @@ def test_a_data_set_of_the_user(dataset_param):
 
 
 def test_keys_without_effect_are_named_once(dataset_param, capsys):
-    param = dataset_param(cache_dir="/tmp/x", tool_format="qwen")
+    param = dataset_param(overwrite_cache=True, tool_format="qwen")
     param["preprocess_parameters"]["video_resolution"] = 64
     build_mm_dataset(param)
     said = capsys.readouterr().out

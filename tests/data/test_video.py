@@ -11,12 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from mindspeed_mm.data.collators import PaddingCollator
+from mindspeed_mm.data.collators import PackCollator, PaddingCollator
 from mindspeed_mm.data.encoding import ConversationEncoder, EncodingOptions
+from mindspeed_mm.data.model_inputs import ModelInputs
 from mindspeed_mm.data.processors import load_processor
 from mindspeed_mm.data.quarantine import BadSample
 from mindspeed_mm.data.video import VideoLimits, load_video
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.transformers_model import TransformersModel
 from tests.training.job import save_tiny_hf_folder
 
 FRAMES, FPS, SIDE = 20, 10, (64, 48)  # width, height
@@ -139,6 +141,12 @@ def test_a_model_takes_a_batch_of_a_video_an_image_and_text(clip, folder, tmp_pa
     samples = [encoder.encode(row, "row") for row in rows]
     model = AutoModelForImageTextToText.from_pretrained(folder)
     whole = model(**PaddingCollator(0)(samples)).logits
+    ours, packed = TransformersModel({"init_from_hf_path": str(folder)}), []
+    ours.model.lm_head.register_forward_hook(lambda module, args, output: packed.append(output[0]))
+    pack = PackCollator(512, 0, ModelInputs(folder))(samples)
+    ours(**pack)
     for number, sample in enumerate(samples):
         alone = model(**PaddingCollator(0, pad_to_multiple_of=1)([sample])).logits[0]
         torch.testing.assert_close(whole[number, : len(alone)], alone, rtol=0, atol=1e-5)
+        start, end = pack["cu_seqlens"][number : number + 2].tolist()
+        torch.testing.assert_close(packed[0][start:end], alone, rtol=0, atol=1e-5)

@@ -8,9 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.ranks import RankPool
 from tests.training.job import SCRIPTS, Job, launch, run_here
+from tests.training.test_resume import losses, tensors
 
 STEPS, GLOBAL = 6, 8
 
@@ -46,8 +48,8 @@ def run(pool: RankPool, job: Job, **flags: object) -> dict[int, list[int]]:
     return taken(Path(str(flags["save"])), pool.world_size)
 
 
-def resume_from_every_save(job: Job, pools: list[RankPool], tmp_path: Path) -> None:
-    straight = run(pools[0], job, save=tmp_path / "straight", save_interval=1)
+def resume_from_every_save(job: Job, first: RankPool, pools: list[RankPool], tmp_path: Path) -> None:
+    straight = run(first, job, save=tmp_path / "straight", save_interval=1)
     order = [n for step in range(STEPS) for n in straight[step]]
     assert all(sorted(order[start : start + 22]) == list(range(22)) for start in (0, 22))
     for pool in pools:
@@ -57,11 +59,11 @@ def resume_from_every_save(job: Job, pools: list[RankPool], tmp_path: Path) -> N
             assert rest == {later: straight[later] for later in range(step, STEPS)}, (pool.world_size, step)
 
 
-def test_a_two_epoch_run_is_resumed_from_each_save_on_one_and_two_ranks(
+def test_a_two_epoch_run_of_two_ranks_is_resumed_from_each_save_on_one(
     numbers: Job, ranks1: RankPool, ranks2: RankPool, tmp_path: Path
 ) -> None:
     numbers.flags["num-workers"] = 0
-    resume_from_every_save(numbers, [ranks2, ranks1], tmp_path)
+    resume_from_every_save(numbers, ranks2, [ranks1], tmp_path)
 
 
 @pytest.fixture
@@ -73,11 +75,11 @@ def ranks4() -> RankPool:
 
 
 @pytest.mark.slow
-def test_a_two_epoch_run_is_resumed_from_each_save_on_four_ranks(
+def test_a_two_epoch_run_of_two_ranks_is_resumed_from_each_save_on_two_and_four(
     numbers: Job, ranks2: RankPool, ranks4: RankPool, tmp_path: Path
 ) -> None:
     numbers.flags["num-workers"] = 2
-    resume_from_every_save(numbers, [ranks2, ranks4], tmp_path)
+    resume_from_every_save(numbers, ranks2, [ranks2, ranks4], tmp_path)
 
 
 @pytest.mark.slow
@@ -105,3 +107,29 @@ def test_four_ranks_whose_iterators_end_at_different_steps_end_with_the_reason(n
     outcome = launch(numbers, nproc=4, env={"NUMBERS_UNEVEN": "ends"})
     assert re.search(r"The training iterator ended after 2 batches, before the run did", outcome.error())
     assert time.monotonic() - start < 90
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["streamed", "mixed"])
+def test_a_run_from_data_json_is_resumed_bit_for_bit(kind: str, job: Job, ranks2: RankPool, tmp_path: Path) -> None:
+    basic = job.data["dataset_param"]["basic_parameters"]
+    if kind == "streamed":
+        basic["streaming"] = True
+    else:
+        source = {"dataset": basic.pop("dataset"), "dataset_dir": str(tmp_path), "max_samples": 5, "weight": 1}
+        basic["mixture"] = [source, {**source, "max_samples": 3, "weight": 2}]
+    job.data["dataloader_param"] |= {"shuffle": True, "drop_last": False}
+    job.flags |= {"num-workers": 1, "train-iters": 8, "lr-decay-iters": 8}
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    for flags in (
+        {"save": straight, "save-interval": 5},  # the epoch has eight samples: it ends in the middle of a step
+        {"save": resumed, "load": straight, "ckpt-step": 5},
+    ):
+        before = dict(job.flags)
+        job.flags |= {"global-batch-size": 6, **flags}
+        outcomes = ranks2.run(run_here, job.command(), job.folder, timeout=240)
+        assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].text
+        job.flags = before
+    expected, actual = (tensors(folder / "iter_0000008") for folder in (straight, resumed))
+    assert {step: losses(straight)[step] for step in (6, 7, 8)} == losses(resumed)
+    assert not [key for key, value in expected.items() if not torch.equal(value, actual[key])]
