@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import struct
+import zlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -88,7 +90,7 @@ WRONG: list[tuple[str, st.SearchStrategy, str]] = [
     ("images", st.sampled_from(["../../etc/passwd", "/etc/passwd", "images/../../x.png"]), r"outside the data folder"),
     ("images", st.sampled_from(["broken/text.png", "broken/empty.png"]), r"is not an image"),
     ("images", st.just("broken/cut.png"), r"cannot be decoded"),
-    ("images", st.just("broken/bomb.png"), r"pixels"),
+    ("images", st.just("broken/bomb.png"), r"has 40000x40000 pixels, over the limit|exceeds limit of \d+ pixels"),
     ("images", st.just("broken/thin.png"), r"processor refuses this row: .*aspect ratio"),
     ("images", st.just("images"), r"not found in"),
     ("images", st.just([3]), r"must be a list of file names"),
@@ -125,7 +127,9 @@ def fuzzed(tmp_path_factory, processor_folder):
     (folder / "broken" / "cut.png").write_bytes(whole[:-40])
     (folder / "broken" / "text.png").write_text("hello")
     (folder / "broken" / "empty.png").write_bytes(b"")
-    Image.new("1", (40000, 40000)).save(folder / "broken" / "bomb.png")
+    header = b"IHDR" + struct.pack(">II", 40000, 40000) + whole[24:29]  # of a small file: it says that it is huge
+    bomb = whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:]
+    (folder / "broken" / "bomb.png").write_bytes(bomb)
     Image.new("RGB", (3000, 2)).save(folder / "broken" / "thin.png")
     encoder = ConversationEncoder(EncodingOptions(str(processor_folder("qwen3_vl"))))
     return SimpleNamespace(folder=folder, encoder=encoder, seen=[])

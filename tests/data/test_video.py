@@ -19,6 +19,7 @@ from mindspeed_mm.data.quarantine import BadSample
 from mindspeed_mm.data.video import VideoLimits, load_video
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.transformers_model import TransformersModel
+from tests.data.tiny import save_tiny_processor
 from tests.training.job import save_tiny_hf_folder
 
 FRAMES, FPS, SIDE = 20, 10, (64, 48)  # width, height
@@ -150,3 +151,21 @@ def test_a_model_takes_a_batch_of_a_video_an_image_and_text(clip, folder, tmp_pa
         torch.testing.assert_close(whole[number, : len(alone)], alone, rtol=0, atol=1e-5)
         start, end = pack["cu_seqlens"][number : number + 2].tolist()
         torch.testing.assert_close(packed[0][start:end], alone, rtol=0, atol=1e-5)
+
+
+def test_a_video_for_glm(clip, tmp_path):
+    """Its formula takes floor(seconds * fps) frames; it marks each pair of them as an image, with its second."""
+    save_tiny_processor("glm4v", tmp_path / "glm")
+    options = {"size": {"shortest_edge": 4 * 8 * 8, "longest_edge": 4 * 64 * 64}}
+    config = {**VIDEO, **options, "video_processor_type": "Glm4vVideoProcessor"}
+    (tmp_path / "glm/video_preprocessor_config.json").write_text(json.dumps(config))
+    template = tmp_path / "glm/chat_template.jinja"
+    mark = "{% if part.type == 'video' %}<|begin_of_video|><|video|><|end_of_video|>{% elif part.type == 'image' %}"
+    template.write_text(template.read_text().replace("{% if part.type == 'image' %}", mark))
+    encoder = ConversationEncoder(EncodingOptions(str(tmp_path / "glm")))
+    turns = [{"role": "user", "content": "<video>?"}, {"role": "assistant", "content": "x"}]
+    sample = encoder.encode({"messages": turns, "videos": [clip]}, "row")
+    assert sample["video_grid_thw"].tolist() == [[2, 12, 16]]
+    pair = "<|begin_of_image|>" + "<|image|>" * 48 + "<|end_of_image|>"
+    text = encoder.tokenizer.decode(sample["input_ids"])
+    assert f"<|begin_of_video|>{pair}0{pair}1<|end_of_video|>?" in text
