@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 import transformers
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from transformers import AutoConfig, PreTrainedModel
@@ -19,7 +18,8 @@ from mindspeed_mm.checkpoint.hf_folder import FileTensor, open_weights
 from mindspeed_mm.checkpoint.hf_import import check_import
 from mindspeed_mm.checkpoint.hf_layout import ImportStep, plan_import, skeleton
 from mindspeed_mm.checkpoint.publish import RELEASE, find, publish
-from mindspeed_mm.checkpoint.store import MODEL, read_metadata, read_tensors, write_tensors
+from mindspeed_mm.checkpoint.store import MODEL, write_part
+from mindspeed_mm.checkpoint.tensor_files import DigestingPlanner, read_metadata, read_tensors
 from mindspeed_mm.checkpoint.tensors import listing, named_tensors
 from mindspeed_mm.errors import UserError
 
@@ -46,7 +46,7 @@ def hf_to_dcp(hf_dir: str | Path, dcp_dir: str | Path, trust_remote_code: bool =
         source = {_PREFIX + names[0]: next(name for name in names if name in owner) for names in shapes}
         tensors = {key: owner[name].outputs[name] for key, name in source.items()}
         planner = _StreamingPlanner(bare, stored, {key: (name, owner[name]) for key, name in source.items()})
-        return publish(Path(dcp_dir), RELEASE, lambda folder: write_tensors(tensors, folder, planner))
+        return publish(Path(dcp_dir), RELEASE, lambda folder: write_part(tensors, folder, planner))
 
 
 def dcp_to_hf(
@@ -128,7 +128,7 @@ def model_skeleton(hf_dir: Path, trust_remote_code: bool = False) -> PreTrainedM
     return skeleton(model_class, config)
 
 
-class _StreamingPlanner(dcp.DefaultSavePlanner):
+class _StreamingPlanner(DigestingPlanner):
     """Plans a save from tensors on meta and reads each weight when the writer asks for it."""
 
     def __init__(

@@ -12,12 +12,16 @@ from torch.optim import Optimizer
 
 from mindspeed_mm import accelerator
 from mindspeed_mm.checkpoint import store
+from mindspeed_mm.checkpoint.background import HostCopy
+from mindspeed_mm.checkpoint.coordination import rank, run_together
 from mindspeed_mm.checkpoint.hf_export import export_hf
 from mindspeed_mm.checkpoint.hf_import import load_hf_weights
-from mindspeed_mm.checkpoint.publish import TRACKER
+from mindspeed_mm.checkpoint.publish import TRACKER, clean_up
+from mindspeed_mm.checkpoint.retention import Retention
 from mindspeed_mm.distributed.state import print_rank_0, warn_rank_0
 from mindspeed_mm.models.transformers_model import TransformersModel
 from mindspeed_mm.optimizer.schedule import Schedule
+from mindspeed_mm.training.saving import Saver
 
 
 class Checkpointer:
@@ -35,6 +39,10 @@ class Checkpointer:
         self.model = model
         self.optimizer = optimizer
         self.schedule = schedule
+        self.saver: Saver | None = None
+        if args.save:
+            keep = Retention(args.keep_last, args.keep_every, args.keep_best)
+            self.saver = Saver(args.save, beside=args.async_save, keep=keep)
         self._rank_state: dict[str, Any] | None = None
         self._consumed_samples = 0
 
@@ -48,6 +56,8 @@ class Checkpointer:
             UserError: what is to be loaded holds no checkpoint, or one that does not fit.
         """
         args = self.args
+        if args.save and Path(args.save).is_dir():
+            run_together(f"cleaning {args.save}", lambda: clean_up(Path(args.save)) if rank() == 0 else None)
         resumes = args.auto_resume and args.save is not None and (Path(args.save) / TRACKER).is_file()
         folder = args.save if resumes else args.load
         if folder is None:
@@ -60,6 +70,7 @@ class Checkpointer:
             strict=args.load_strict,
             step=None if resumes else args.ckpt_step,
             finetune=args.finetune and not resumes,
+            fallback=args.load_fallback,
         )
         print_rank_0(f" loading checkpoint from {loaded.path} at iteration {loaded.iteration}")
         for warning in loaded.warnings:
@@ -108,10 +119,12 @@ class Checkpointer:
             accelerator.set_rng_state(self._rank_state["rng"])
         self._rank_state = None
 
-    def save(self, iteration: int, consumed_samples: int, iterators: Mapping[str, Any]) -> None:
-        """Write a checkpoint. A collective."""
+    def save(
+        self, iteration: int, consumed_samples: int, iterators: Mapping[str, Any], loss: float | None = None
+    ) -> None:
+        """Save the run, with the validation loss of this iteration if there is one. A collective."""
         args = self.args
-        print_rank_0(f"saving checkpoint at iteration {iteration:7d} to {args.save} in {args.ckpt_format} format")
+        assert self.saver is not None
         rank_state: dict[str, Any] = {
             "iterators": {name: it.state_dict() for name, it in iterators.items() if hasattr(it, "state_dict")}
         }
@@ -120,15 +133,18 @@ class Checkpointer:
         extra: dict[str, Any] = {"consumed_train_samples": consumed_samples, "args": _plain(vars(args))}
         if not args.no_save_optim:
             extra["schedule"] = self.schedule.state_dict()
-        store.save(
-            args.save,
-            iteration,
-            model=self.model,
-            optimizer=None if args.no_save_optim else self.optimizer,
-            extra=extra,
-            rank_state=rank_state,
-        )
-        print_rank_0(f"  successfully saved checkpoint from iteration {iteration:7d} to {args.save} [ t 1/1, p 1/1 ]")
+
+        def take(copy_to: HostCopy | None) -> store.Snapshot:
+            return store.take_snapshot(
+                iteration,
+                model=self.model,
+                optimizer=None if args.no_save_optim else self.optimizer,
+                extra=extra,
+                rank_state=rank_state,
+                copy_to=copy_to,
+            )
+
+        self.saver.save(iteration, take, loss)
 
     def export_hf(self, folder: str) -> None:
         """Write the trained model as a Hugging Face folder. A collective."""

@@ -25,12 +25,19 @@ class Progress:
     iteration: int
     consumed_samples: int
     publish: Callable[[int, int], None]
+    evaluated: tuple[int, float] | None = None
+    """Iteration and validation loss of the newest evaluation."""
 
     def advance(self, samples: int) -> None:
         """Count one finished step."""
         self.iteration += 1
         self.consumed_samples += samples
         self.publish(self.iteration, self.consumed_samples)
+
+    @property
+    def validation_loss(self) -> float | None:
+        """The validation loss of this iteration, or None if it was not evaluated."""
+        return self.evaluated[1] if self.evaluated and self.evaluated[0] == self.iteration else None
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,8 @@ class Trainer:
             num_microbatches=self.num_microbatches,
         )
         print_losses(where, losses)
+        if name == "validation":
+            self.progress.evaluated = (self.progress.iteration, next(iter(losses.values())))
         self.log.validation(self.progress.iteration, self.progress.consumed_samples, losses)
         return losses
 

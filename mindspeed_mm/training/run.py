@@ -33,6 +33,7 @@ from mindspeed_mm.training.exits import ExitWatch
 from mindspeed_mm.training.failures import StoreSlot
 from mindspeed_mm.training.loop import Cadence, Progress, Trainer
 from mindspeed_mm.training.reporting import TrainingLog
+from mindspeed_mm.training.saving import Saver
 from mindspeed_mm.training.sinks import Sink, open_sinks
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -76,10 +77,12 @@ def run(
 
     trainer = _build_trainer(args, engine, schedule, forward_step, train, valid, checkpointer, sinks)
     trainer.observers = [profiler.step, memory_profiler.step]
+    if checkpointer.saver:
+        trainer.observers.append(checkpointer.saver.check)
     profiler.start()
     try:
         with ExitWatch(args.exit_duration_in_mins, args.exit_interval) as exits:
-            stopped = _train_and_evaluate(args, trainer, exits, valid, test)
+            stopped = _train_and_evaluate(args, trainer, exits, valid, test, checkpointer.saver)
     finally:
         profiler.stop()
         memory_profiler.stop()
@@ -219,7 +222,9 @@ def _build_trainer(
     save = None
     if args.save:
         iterators = {"train": train, "valid": valid}
-        save = lambda: checkpointer.save(progress.iteration, progress.consumed_samples, iterators)  # noqa: E731
+        save = lambda: checkpointer.save(  # noqa: E731
+            progress.iteration, progress.consumed_samples, iterators, progress.validation_loss
+        )
     return Trainer(
         engine=engine,
         schedule=schedule,
@@ -258,12 +263,20 @@ def _flops_per_token(model: nn.Module) -> float:
 
 
 def _train_and_evaluate(
-    args: Namespace, trainer: Trainer, exits: ExitWatch, valid: Iterator[Any] | None, test: Iterator[Any] | None
+    args: Namespace,
+    trainer: Trainer,
+    exits: ExitWatch,
+    valid: Iterator[Any] | None,
+    test: Iterator[Any] | None,
+    saver: Saver | None,
 ) -> bool:
     """Return whether the run was stopped early."""
     if not args.skip_train:
         state.print_rank_0("training ...")
-        if trainer.train(exits) is not None:
+        reason = trainer.train(exits)
+        if saver:
+            saver.finish()
+        if reason is not None:
             return True
         state.print_rank_0("after training is done")
     for iterator, name in ((valid, "validation"), (test, "test")):
