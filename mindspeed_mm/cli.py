@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mindspeed_mm.checkpoint import commands
 from mindspeed_mm.errors import UserError, did_you_mean
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 convert_app = typer.Typer(help="Convert weights between Hugging Face folders and checkpoints.", no_args_is_help=True)
 app.add_typer(convert_app, name="convert")
+app.add_typer(commands.app, name="checkpoint")
 
 
 class Dtype(str, Enum):

@@ -81,8 +81,8 @@ def publish(
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Return whether ``folder`` holds a distributed checkpoint. DCP writes its ``.metadata`` last."""
-    return (folder / ".metadata").is_file()
+    """Return whether ``folder`` holds a distributed checkpoint, be it damaged. DCP writes its ``.metadata`` last."""
+    return (folder / ".metadata").is_file() or (folder / manifest.NAME).is_file()
 
 
 def find(load_dir: str | Path, step: int | None = None) -> Path:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from mindspeed_mm.checkpoint import manifest
 from mindspeed_mm.checkpoint.integrity import inspect
-from mindspeed_mm.checkpoint.publish import checkpoints_in, iteration_of, read_tracker, remove
+from mindspeed_mm.checkpoint.publish import checkpoints_in, iteration_of, read_tracker
 from mindspeed_mm.errors import UserError
 
 
@@ -31,8 +31,8 @@ class Retention:
         return any(rule is not None for rule in (self.last, self.every, self.best))
 
 
-def superfluous(folder: Path, keep: Retention, *, quick: bool) -> dict[Path, str]:
-    """Return which checkpoints may go, and why each of the others stays.
+def reasons_to_keep(folder: Path, keep: Retention, *, quick: bool) -> dict[Path, str]:
+    """Return every checkpoint, the oldest first, with the reason why it stays; empty for those that may go.
 
     The tracker's, the newest good one and ``release`` always stay.
 
@@ -40,9 +40,6 @@ def superfluous(folder: Path, keep: Retention, *, quick: bool) -> dict[Path, str
         folder: holds the checkpoints.
         keep: the rules.
         quick: whether files of the right size make a checkpoint good; else their checksums are compared.
-
-    Returns:
-        Every checkpoint with the reason for keeping it, which is empty for those that may go.
     """
     present = checkpoints_in(folder)
     reasons = {path: "" if keep and iteration_of(path) is not None else "is not pruned" for path in present}
@@ -67,25 +64,13 @@ def superfluous(folder: Path, keep: Retention, *, quick: bool) -> dict[Path, str
     return reasons
 
 
-def prune(folder: Path, keep: Retention, *, quick: bool, tell: Callable[[Path, str], None] | None = None) -> list[Path]:
-    """Delete what `superfluous` says may go, the oldest first, and return it; ``tell`` hears of each that stays."""
-    gone = []
-    for path, reason in superfluous(folder, keep, quick=quick).items():
-        if not reason:
-            remove(path)
-            gone.append(path)
-        elif tell:
-            tell(path, reason)
-    return gone
-
-
 def validation_loss(path: Path) -> float | None:
-    """Return a checkpoint's validation loss, or None if it is not known."""
+    """Return a checkpoint's validation loss, or None if it is not known or no number."""
     try:
         known = manifest.read(path)
     except UserError:
         return None
-    return known.validation_loss if known else None
+    return known.validation_loss if known and math.isfinite(known.validation_loss or 0) else None
 
 
 def _newest_good(paths: list[Path], quick: bool) -> list[Path]:

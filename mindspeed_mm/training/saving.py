@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from mindspeed_mm.checkpoint.background import Background, HostCopy
 from mindspeed_mm.checkpoint.coordination import run_together
-from mindspeed_mm.checkpoint.publish import folder_name
-from mindspeed_mm.checkpoint.retention import Retention, prune
+from mindspeed_mm.checkpoint.publish import folder_name, remove
+from mindspeed_mm.checkpoint.retention import Retention, reasons_to_keep
 from mindspeed_mm.checkpoint.store import Snapshot, write_snapshot
 from mindspeed_mm.distributed.state import print_rank_0, warn_rank_0
 from mindspeed_mm.errors import UserError
@@ -94,7 +94,9 @@ class Saver:
         print_rank_0(f"  successfully saved checkpoint from iteration {iteration:7d} to {self.folder} [ t 1/1, p 1/1 ]")
         if self.keep and (not dist.is_initialized() or dist.get_rank() == 0):
             try:
-                prune(self.folder, self.keep, quick=True)
+                for path, reason in reasons_to_keep(self.folder, self.keep, quick=True).items():
+                    if not reason:
+                        remove(path)
             except OSError as error:
                 warn_rank_0(f"cannot delete old checkpoints in {self.folder}: {error}")
 
