@@ -17,13 +17,13 @@ from tests.checkpoint import small
 from tests.ranks import RankPool
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "fused", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "fused", "sgd", "ema"])
 @pytest.mark.parametrize("steps", [0, 2])
 def test_resume_is_bitwise_in_one_process(tmp_path: Path, optimizer: str, steps: int) -> None:
     small.resume(tmp_path, optimizer, steps, more=2)
 
 
-@pytest.mark.parametrize("optimizer", ["fused", "sgd"])
+@pytest.mark.parametrize("optimizer", ["fused", "sgd", "ema"])
 def test_resume_is_bitwise_on_two_ranks(tmp_path: Path, ranks2: RankPool, optimizer: str) -> None:
     ranks2.run(small.resume, tmp_path, optimizer, 2, 2)
 

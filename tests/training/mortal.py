@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import random
 import shutil
 import signal
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mindspeed_mm.checkpoint import publish
+from mindspeed_mm.checkpoint.publish import TRACKER
 from mindspeed_mm.checkpoint.tensor_files import DigestingPlanner
 from tests.ranks import free_port
 from tests.training.script import train
@@ -32,15 +34,37 @@ def run_until_killed(folder: Path, phase: str, victim: int, time_round: int, *fl
         flags: of the run.
         steps: of the run.
     """
+    processes = _start(folder, phase, victim, time_round, flags, steps)
+    processes[victim].join(timeout=60)
+    return _bury(processes, processes[1 - victim])
+
+
+def kill_at_random(folder: Path, rng: random.Random, *flags: str, steps: int) -> list[int]:
+    """Train on two ranks, kill one of them some time after its first save, and return the exit codes."""
+    tracker = folder / TRACKER
+    before = tracker.read_text() if tracker.exists() else ""
+    processes = _start(folder, "", 0, 1, flags, steps)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and (not tracker.exists() or tracker.read_text() == before):
+        time.sleep(0.002)
+    time.sleep(rng.uniform(0.0, 0.2))
+    victim = rng.randrange(2)
+    processes[victim].kill()
+    return _bury(processes, processes[1 - victim])
+
+
+def _start(folder: Path, *arguments: Any) -> list[Any]:
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["tests.training.mortal", "mindspeed_mm.training.run"])
     port = free_port()
-    arguments = (port, str(folder), phase, victim, time_round, flags, steps)
-    processes = [context.Process(target=_live, args=(rank, *arguments)) for rank in (0, 1)]
+    processes = [context.Process(target=_live, args=(rank, port, str(folder), *arguments)) for rank in (0, 1)]
     for process in processes:
         process.start()
-    processes[victim].join(timeout=60)
-    processes[1 - victim].join(timeout=1)
+    return processes
+
+
+def _bury(processes: list[Any], survivor: Any) -> list[int]:
+    survivor.join(timeout=1)
     for process in processes:
         process.kill()
         process.join()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from mindspeed_mm.checkpoint.integrity import inspect
 from mindspeed_mm.checkpoint.publish import TRACKER, checkpoints_in
 from tests.ranks import RankPool
-from tests.training.mortal import PHASES, run_until_killed
+from tests.training.mortal import PHASES, kill_at_random, run_until_killed
 from tests.training.script import train
 from tests.training.test_saving import digests
 
@@ -52,3 +53,18 @@ def test_a_killed_save_costs_nothing(
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {f"iter_{STEPS:07d}"}
     assert all(inspect(path).good for path in checkpoints_in(tmp_path))
     assert digests(tmp_path)[f"iter_{STEPS:07d}"] == uninterrupted
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+def test_random_kills(kills: int, ranks2: RankPool, tmp_path: Path) -> None:
+    disturbed, straight = tmp_path / "disturbed", tmp_path / "straight"
+    disturbed.mkdir(), straight.mkdir()
+    rng, ways = random.Random(kills), ((), ("--async-save",))
+    for kill in range(kills):
+        codes = kill_at_random(disturbed, rng, *FLAGS, *ways[kill % 2], steps=100_000)
+        assert -signal.SIGKILL in codes
+        assert inspect(disturbed / f"iter_{int((disturbed / TRACKER).read_text()):07d}").good, f"kill {kill}"
+    steps = int((disturbed / TRACKER).read_text()) + 3
+    ranks2.run(train, str(disturbed), *FLAGS, steps=steps)
+    ranks2.run(train, str(straight), steps=steps)
+    assert digests(disturbed)[f"iter_{steps:07d}"] == digests(straight)[f"iter_{steps:07d}"]
