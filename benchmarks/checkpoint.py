@@ -17,6 +17,7 @@ import resource
 import socket
 import statistics
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,28 @@ def step(model: Any, optimizer: Any) -> None:
     accelerator.synchronize()
 
 
-def peak() -> float:
-    """Return the most host memory this process has had, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+class Memory:
+    """Watches how much resident memory the process has more than at the start, a hundred times a second."""
+
+    def __init__(self) -> None:
+        self._start, self.peak = _resident(), 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.01):
+            self.peak = max(self.peak, _resident() - self._start)
+
+    def stop(self) -> float:
+        """Return the peak in MiB."""
+        self._stop.set()
+        self._thread.join()
+        return self.peak
+
+
+def _resident() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / MIB
 
 
 def measure(what: str, preset: dict[str, Any], folder: Path) -> dict[str, float]:
@@ -74,12 +94,15 @@ def measure(what: str, preset: dict[str, Any], folder: Path) -> dict[str, float]
     from mindspeed_mm.training.saving import Saver
 
     model, optimizer = build(preset)
-    before = peak()
+    memory = Memory()
+    step(model, optimizer)
+    alone = memory.peak
     local = sum(t.to_local().nbytes for t in model.parameters()) * 3 / MIB  # weights and two moments
     if what == "load":
         start = time.perf_counter()
         store.load(folder / "sync", model=model, optimizer=optimizer)
-        return {"load": time.perf_counter() - start, "memory": peak() - before, "share": local}
+        seconds = time.perf_counter() - start
+        return {"load": seconds, "memory": memory.stop() - alone, "share": local}
     saver = Saver(folder / what, beside=what == "async", keep=Retention(last=1))
     stalls, whole = [], []
     for iteration in range(SAVES + 1):
@@ -92,13 +115,12 @@ def measure(what: str, preset: dict[str, Any], folder: Path) -> dict[str, float]
         start = time.perf_counter()
         saver.save(iteration, take)
         stalls.append(time.perf_counter() - start)
-        if what == "async":
-            step(model, optimizer)
+        step(model, optimizer)
         saver.wait()
         whole.append(time.perf_counter() - start)
     # The first save also allocates what the later ones use again.
     saves = {"stall": statistics.median(stalls[1:]), "whole": statistics.median(whole[1:])}
-    return {**saves, "memory": peak() - before, "share": local}
+    return {**saves, "memory": memory.stop() - alone, "share": local}
 
 
 def rank_main(rank: int, ranks: int, port: int, what: str, preset: str, folder: str, results: Any) -> None:
@@ -150,9 +172,10 @@ def main() -> None:
     print(f"save beside:         stall {beside['stall']:.3f} s, {beside['stall'] / sync['stall']:.2f} of that at once")
     print(f"                     on the disk after {beside['whole']:.3f} s, with a training step meanwhile")
     print(f"load and verify:     {load['load']:.3f} s")
+    print("host memory on a rank, beyond that of a training step:")
     for name, figure in zip(("save at once", "save beside", "load"), figures.values(), strict=True):
         share = figure["memory"] / figure["share"]
-        print(f"host memory, {name + ':':<14} {figure['memory']:.0f} MiB more per rank, {share:.2f} of its share")
+        print(f"    {name + ':':<14} {figure['memory']:.0f} MiB, {share:.2f} of the rank's share")
 
 
 if __name__ == "__main__":

@@ -85,20 +85,25 @@ class Run:
         )
 
     def forget(self) -> None:
-        """Forget the ranks' process ids: those of the next attempt are waited for."""
+        """Forget the ranks' process ids and what was saved: the next attempt's are waited for."""
+        self._before = self._newest()
         for file in self.folder.glob("pid_*"):
             file.unlink()
 
-    def wait_until_it_trains(self, seconds: float = 120.0) -> list[int]:
-        """Return the ranks' process ids once all of them train."""
+    def _newest(self) -> str:
+        tracker = self.folder / "latest_checkpointed_iteration.txt"
+        return tracker.read_text() if tracker.exists() else ""
+
+    def wait_until_it_saves(self, seconds: float = 120.0) -> list[int]:
+        """Return the ranks' process ids once this attempt trains and has saved."""
         deadline = time.monotonic() + seconds
         while True:
             texts = [f.read_text() for f in sorted(self.folder.glob("pid_*"))]
-            if len(texts) == self.ranks and all(texts):
+            if len(texts) == self.ranks and all(texts) and self._newest() != self._before:
                 return [int(text) for text in texts]
             if time.monotonic() > deadline or self.process.poll() is not None:
                 tail = (self.folder / "output.txt").read_text()[-5000:]
-                raise SystemExit(f"the run does not train (exit code {self.process.poll()}):\n{tail}")
+                raise SystemExit(f"the run does not train and save (exit code {self.process.poll()}):\n{tail}")
             time.sleep(0.02)
 
     def kill_rank(self, pid: int) -> None:
@@ -145,7 +150,7 @@ def soak(kills: int, ranks: int, folder: Path, seed: int = 0) -> Counter[str]:
         # Both ways of saving, one after the other: what one has left the other has to cope with.
         way = ["--async-save"] if kill // 5 % 2 else []
         run = run or Run(disturbed, ranks, ENDLESS, [*FLAGS, *way])
-        pids = run.wait_until_it_trains()
+        pids = run.wait_until_it_saves()
         time.sleep(rng.uniform(0.0, 0.4))
         everything = kill % 5 == 4 or kill == kills - 1
         count["all" if everything else "one rank"] += 1
@@ -154,8 +159,6 @@ def soak(kills: int, ranks: int, folder: Path, seed: int = 0) -> Counter[str]:
             run = None
         else:
             run.kill_rank(rng.choice(pids))
-        if everything and not (disturbed / "latest_checkpointed_iteration.txt").exists():
-            continue
         if everything:  # nobody writes now
             newest = find(disturbed)
             condition = inspect(newest)
