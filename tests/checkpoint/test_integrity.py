@@ -58,14 +58,15 @@ def test_digests_of_parts_add_up(dtype: torch.dtype, monkeypatch: pytest.MonkeyP
 
 
 def test_digests_do_not_depend_on_the_world_size(tmp_path: Path, ranks2: RankPool) -> None:
-    small.save_after(tmp_path / "one", 2)
     ranks2.run(small.save_after, tmp_path / "two", 2)
+    model, optim = small.build(1)
+    store.load(tmp_path / "two", model=model, optimizer=optim)
+    store.save(tmp_path / "one", 2, model=model, optimizer=optim, extra={}, rank_state={})
     one, two = (manifest.read(tmp_path / name / "iter_0000002") for name in ("one", "two"))
     assert one and two
     assert (one.world_size, two.world_size, one.iteration) == (1, 2, 2)
     assert one.tensors == two.tensors and len(one.tensors) > 20
-    tensor = small.load_into_fresh(tmp_path / "one")[0]["embed.weight"]
-    assert one.digests["model.embed.weight"] == by_hand(tensor)
+    assert one.digests["model.embed.weight"] == by_hand(model.embed.weight.detach())
     assert one.tensors["model.embed.weight"].shape == [7, 5]
 
 
@@ -173,7 +174,7 @@ def test_a_manifest_of_a_later_version_is_said(tmp_path: Path) -> None:
     file = tmp_path / "iter_0000001" / manifest.NAME
     known = manifest.read(file.parent)
     assert known and set(known.versions) == {"mindspeed_mm", "torch", "transformers"}
-    assert known.versions["torch"] == torch.__version__
+    assert torch.__version__.startswith(known.versions["torch"])
     content = json.loads(file.read_bytes())
     assert content["format"] == 1 and next(iter(content)) == "checksum"
     manifest._FORMAT, current = 2, manifest._FORMAT
