@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from mindspeed_mm.checkpoint import store
+from mindspeed_mm.distributed.reduction import sum_gradients
 from mindspeed_mm.optimizer.selection import EMAAdamW
 
 
@@ -55,6 +56,7 @@ def build(seed: int, optimizer: str = "adamw", replicas: int = 0) -> tuple[nn.Mo
         for layer in model.body:
             fully_shard(layer, mesh=mesh, ignored_params=ignored)
         fully_shard(model, mesh=mesh, ignored_params=ignored)
+        sum_gradients(model)  # older versions of torch ask gloo for an average, which it does not have
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in params if p.ndim > 1], "weight_decay": 0.1},
@@ -73,7 +75,9 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> l
     for step in steps:
         tokens = torch.arange(6).view(2, 3).add(step).remainder(7)
         loss = model(tokens).square().mean()
-        loss.backward()
+        (loss / (dist.get_world_size() if dist.is_initialized() else 1)).backward()
+        if dist.is_initialized():
+            model.scale.grad.mul_(dist.get_world_size())  # not sharded, so not summed
         losses.append(loss.item())
         for group in optimizer.param_groups:
             group["lr"] = 0.01 / (1 + step)
