@@ -166,7 +166,7 @@ def test_fifty_async_saves_do_not_grow(tmp_path: Path) -> None:
             saver.wait()
             sizes.append(process.memory_info().rss)
             files.append(process.num_fds())
-            threads.append(process.num_threads())
+            threads.append(threading.active_count())
     saver.finish()
     assert len(checkpoints_in(tmp_path)) == 1
     assert max(files) == files[0] and max(threads) == threads[0]
