@@ -43,19 +43,18 @@ def loss_func(output: dict[str, Any]) -> tuple[Any, ...]:
     """Return the loss of a micro-batch and what is logged of it.
 
     ``output`` holds ``loss`` (a scalar) and ``loss_mask`` (True at target tokens, shape ``(batch, sequence)``).
-    With ``--calculate-per-token-loss`` the loss is a sum, and ``token_nums`` says over how many tokens.
+    With ``--calculate-per-token-loss`` the loss is a sum, and ``token_nums`` says over how many tokens. What is
+    logged as ``loss`` is what is optimised; a router loss, times its coefficient, is part of it.
     """
     args = get_args()
-    loss, report = output["loss"], {}
-    if "token_nums" in output:
-        report["loss"] = (loss.detach(), output["token_nums"])
-    else:
-        report["loss"] = loss.detach()
+    loss, tokens = output["loss"], output.get("token_nums")
+    report = {"loss": loss.detach() if tokens is None else (loss.detach(), tokens)}
     if "aux_loss" in output:
-        report["aux_loss"] = output["aux_loss"].detach()
+        aux_loss = output["aux_loss"].detach()
+        report["aux_loss"] = aux_loss if tokens is None else (aux_loss * tokens, tokens)
     if args.log_tps:
         report["tokens per sample"] = output["loss_mask"].sum() / args.micro_batch_size
-    return (loss, output["token_nums"], report) if "token_nums" in output else (loss, report)
+    return (loss, report) if tokens is None else (loss, tokens, report)
 
 
 def forward_step(data_iterator: Any, model: Any) -> tuple[Any, Any]:
@@ -83,6 +82,8 @@ def train_valid_test_datasets_provider(train_val_test_num_samples: list[int]) ->
     def build(dataset: Any, consumed_samples: int) -> Any:
         if dataset is None:
             return None
+        if isinstance(dataset, dict):
+            return {name: build(one, consumed_samples) for name, one in dataset.items()}
         return build_mm_dataloader(
             dataset,
             dataloader_param=args.mm.data.dataloader_param,

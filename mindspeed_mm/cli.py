@@ -33,6 +33,13 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+class Weights(str, Enum):
+    """Which weights of a checkpoint to write."""
+
+    trained = "trained"
+    ema = "ema"
+
+
 _TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let Python files of the folder run.")]
 
 
@@ -55,6 +62,7 @@ def dcp_to_hf(
     save_dir: Annotated[Path, typer.Option(help="Folder to write; from_pretrained loads it.")],
     model_assets_dir: Annotated[Path, typer.Option(help="The original Hugging Face folder: config, tokenizer.")],
     dtype: Annotated[Dtype | None, typer.Option(help="Parameter dtype to write; default: as trained.")] = None,
+    weights: Annotated[Weights, typer.Option(help="ema: the averages of fused_ema_adamw.")] = Weights.trained,
     trust_remote_code: _TrustRemoteCode = False,
 ) -> None:
     """Checkpoint to Hugging Face folder."""
@@ -63,7 +71,26 @@ def dcp_to_hf(
     from mindspeed_mm.checkpoint import convert
 
     torch_dtype = getattr(torch, dtype.value) if dtype else None
-    path = convert.dcp_to_hf(load_dir, save_dir, model_assets_dir, torch_dtype, trust_remote_code)
+    averaged = weights is Weights.ema
+    path = convert.dcp_to_hf(load_dir, save_dir, model_assets_dir, torch_dtype, trust_remote_code, averaged)
+    print(f"wrote {path}; load it with from_pretrained")
+
+
+@convert_app.command("lora-merge")
+def lora_merge(
+    hf_dir: Annotated[Path, typer.Option(help="Hugging Face folder of the weights under the adapters.")],
+    adapter: Annotated[Path, typer.Option(help="An adapter folder, or a checkpoint of a LoRA run.")],
+    save_dir: Annotated[Path, typer.Option(help="Folder to write; from_pretrained loads it.")],
+    dtype: Annotated[Dtype | None, typer.Option(help="Parameter dtype to write; default: that of --hf-dir.")] = None,
+    trust_remote_code: _TrustRemoteCode = False,
+) -> None:
+    """Add adapters (LoRA) to the weights they were trained on: a full Hugging Face folder."""
+    import torch
+
+    from mindspeed_mm.checkpoint.lora_merge import lora_merge
+
+    torch_dtype = getattr(torch, dtype.value) if dtype else None
+    path = lora_merge(hf_dir, adapter, save_dir, torch_dtype, trust_remote_code)
     print(f"wrote {path}; load it with from_pretrained")
 
 

@@ -1,16 +1,18 @@
 """Which device we run on: the only package that names cuda, npu or cpu.
 
 Everything else asks here: the device and its collective library, its memory, its random state, what it can
-profile, and how megatron-core is imported on it.
+profile, which kernels of other libraries run on it, and how megatron-core is imported.
 """
 
 from mindspeed_mm.accelerator.backend import default_backend, resolve_backend
 from mindspeed_mm.accelerator.hardware import (
     device,
     device_count,
+    device_name,
     device_type,
     empty_cache,
     has_float64,
+    has_fused_optimizers,
     is_cpu,
     memory_stats,
     peak_flops,
@@ -18,19 +20,26 @@ from mindspeed_mm.accelerator.hardware import (
     synchronize,
     wants_pinned_memory,
 )
+from mindspeed_mm.accelerator.host_copy import HostCopy
+from mindspeed_mm.accelerator.kernels import fused_linear_cross_entropy
 from mindspeed_mm.accelerator.megatron_core import load_megatron_core
-from mindspeed_mm.accelerator.numerics import allow_tf32, use_deterministic_algorithms
+from mindspeed_mm.accelerator.numerics import allow_tf32, determinism_limits, use_deterministic_algorithms
 from mindspeed_mm.accelerator.profiling import memory_history, memory_snapshot, profiler_activities
 from mindspeed_mm.accelerator.rng import rng_state, seed_all, set_rng_state
 
 __all__ = [
+    "HostCopy",
     "allow_tf32",
     "default_backend",
+    "determinism_limits",
     "device",
     "device_count",
+    "device_name",
     "device_type",
     "empty_cache",
+    "fused_linear_cross_entropy",
     "has_float64",
+    "has_fused_optimizers",
     "is_cpu",
     "load_megatron_core",
     "memory_history",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import resource
 import sys
 from functools import cache
@@ -62,6 +63,11 @@ def _module() -> ModuleType:
 def device_count() -> int:
     """Return the number of accelerators of this host, 0 on a CPU-only host."""
     return 0 if is_cpu() else int(_module().device_count())
+
+
+def device_name() -> str:
+    """Return what the device calls itself, and the processor's kind on a CPU-only host."""
+    return platform.processor() or platform.machine() if is_cpu() else str(_module().get_device_name())
 
 
 def has_float64() -> bool:
@@ -135,6 +141,13 @@ def peak_flops(dtype: torch.dtype) -> float | None:
         return None
     name = _module().get_device_name()
     return next((peaks.get(dtype) for fragment, peaks in _PEAK_FLOPS.items() if fragment in name), None)
+
+
+def has_fused_optimizers() -> bool:
+    """Return whether torch has optimizer steps for this device that are one kernel."""
+    from torch.utils._foreach_utils import _get_fused_kernels_supported_devices  # what AdamW(fused=True) asks
+
+    return device_type() in _get_fused_kernels_supported_devices()
 
 
 def wants_pinned_memory() -> bool:

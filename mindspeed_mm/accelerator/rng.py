@@ -9,10 +9,19 @@ import numpy
 import torch
 
 from mindspeed_mm.accelerator.hardware import _module, is_cpu
+from mindspeed_mm.accelerator.numerics import use_deterministic_algorithms
 
 
-def seed_all(seed: int) -> None:
-    """Seed Python, NumPy, torch on the CPU and torch on the device."""
+def seed_all(seed: int = 42, deterministic: bool = False) -> None:
+    """Seed Python, NumPy, torch on the CPU and torch on the device: all that dropout, attention's included, draws from.
+
+    Args:
+        seed: at least 0.
+        deterministic: choose deterministic kernels and collectives as well; see
+            :func:`~mindspeed_mm.accelerator.numerics.use_deterministic_algorithms` for when to call this then.
+    """
+    if deterministic:
+        use_deterministic_algorithms()
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)  # seeds the device generators too

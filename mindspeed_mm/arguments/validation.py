@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from mindspeed_mm.arguments.flag import Refused
 from mindspeed_mm.arguments.groups import FLAGS
+from mindspeed_mm.arguments.groups.finetuning import LORA
 from mindspeed_mm.errors import UserError
 
 
@@ -74,6 +75,9 @@ def _contradictions(args: Namespace, road: str) -> Iterator[str]:
             "environment: CUDA_DEVICE_MAX_CONNECTIONS=1 keeps FSDP2 from overlapping communication with "
             "--use-torch-fsdp2; export CUDA_DEVICE_MAX_CONNECTIONS=2, or unset it"
         )
+    unread = [flag.name for flag in LORA.flags if flag.dest in args.explicit]
+    if unread and not (args.lora_target_modules or args.lora_target_parameters):
+        yield f"{' '.join(unread)}: there is no LoRA without --lora-target-modules; add it, or remove them"
     if args.override_opt_param_scheduler and args.use_checkpoint_opt_param_scheduler:
         yield (
             "--override-opt_param-scheduler and --use-checkpoint-opt_param-scheduler contradict each other; remove one"
@@ -96,6 +100,13 @@ def _contradictions(args: Namespace, road: str) -> Iterator[str]:
             f"--keep-best {args.keep_best}: --save-interval {args.save_interval} must be a multiple of --eval-interval "
             f"{args.eval_interval}, with --eval-iters above 0, so that what is saved has been evaluated"
         )
+    if args.nan_policy == "rollback":
+        if not args.save:
+            yield "--nan-policy rollback goes back to a checkpoint of --save; add --save, or use --nan-policy skip"
+        for dest in ("no_save_optim", "no_save_rng"):
+            if getattr(args, dest):
+                flag = f"--{dest.replace('_', '-')}"
+                yield f"{flag}: --nan-policy rollback needs whole checkpoints to go back to; remove one of the two"
 
 
 def _learning_rate(args: Namespace) -> Iterator[str]:

@@ -6,6 +6,8 @@ Face folder and exporting one at its end need no conversion; this is for those w
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,10 +15,12 @@ import transformers
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from transformers import AutoConfig, PreTrainedModel
 
+from mindspeed_mm.checkpoint.adapters import ADAPTER_CONFIG
 from mindspeed_mm.checkpoint.hf_export import write_hf_folder
 from mindspeed_mm.checkpoint.hf_folder import FileTensor, open_weights
 from mindspeed_mm.checkpoint.hf_import import check_import
 from mindspeed_mm.checkpoint.hf_layout import ImportStep, plan_import, skeleton
+from mindspeed_mm.checkpoint.optimizer_state import PREFIX
 from mindspeed_mm.checkpoint.publish import RELEASE, find, publish
 from mindspeed_mm.checkpoint.store import MODEL, write_part
 from mindspeed_mm.checkpoint.tensor_files import DigestingPlanner, read_metadata, read_tensors
@@ -35,17 +39,9 @@ def hf_to_dcp(hf_dir: str | Path, dcp_dir: str | Path, trust_remote_code: bool =
     Raises:
         UserError: ``hf_dir`` is not a model folder, or its weights do not fit its config.
     """
-    hf_dir = Path(hf_dir)
-    bare = model_skeleton(hf_dir, trust_remote_code)
-    shapes = {names: tensor.shape for names, tensor in named_tensors(bare).items()}
-    with open_weights(hf_dir) as stored:
-        plan = plan_import(bare, stored, [name for names in shapes for name in names])
-        if problems := check_import(plan, shapes):
-            raise UserError("\n".join([f"{hf_dir}: the weights do not fit its config.json.", *problems]))
-        owner = {name: step for step in plan.steps for name in step.outputs}
-        source = {_PREFIX + names[0]: next(name for name in names if name in owner) for names in shapes}
-        tensors = {key: owner[name].outputs[name] for key, name in source.items()}
-        planner = _StreamingPlanner(bare, stored, {key: (name, owner[name]) for key, name in source.items()})
+    with open_model(Path(hf_dir), trust_remote_code) as weights:
+        tensors = {_PREFIX + name: tensor for name, tensor in weights.on_meta().items()}
+        planner = _StreamingPlanner(weights)
         return publish(Path(dcp_dir), RELEASE, lambda folder: write_part(tensors, folder, planner))
 
 
@@ -55,6 +51,7 @@ def dcp_to_hf(
     model_assets_dir: str | Path,
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
+    averaged: bool = False,
 ) -> Path:
     """Write a checkpoint's weights as a Hugging Face folder.
 
@@ -64,11 +61,15 @@ def dcp_to_hf(
         model_assets_dir: the original Hugging Face folder; gives config.json, tokenizer and processor files.
         dtype: to write the parameters in; None keeps the checkpoint's.
         trust_remote_code: whether Python files of ``model_assets_dir`` may run.
+        averaged: take the moving average of the weights that ``fused_ema_adamw`` keeps; frozen weights have none
+            and are taken as they are.
 
     Raises:
         UserError: there is no checkpoint, or it does not hold the weights of that model.
     """
     path = find(load_dir)
+    if (path / ADAPTER_CONFIG).is_file():
+        raise UserError(f"{path} holds adapters (LoRA): use mindspeed-mm convert lora-merge --adapter {path}")
     saved = {k: v for k, v in read_metadata(path).state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
     bare = model_skeleton(Path(model_assets_dir), trust_remote_code)
     weights = named_tensors(bare)
@@ -88,6 +89,8 @@ def dcp_to_hf(
     ]
     if reshaped:
         raise UserError(f"{path} has weights of other shapes than {model_assets_dir}:\n{listing(reshaped)}")
+    if averaged:
+        keys = _averages(keys, {names[0]: names for names in weights}, prefix, saved, path)
     buffers = {name for name, _ in bare.named_buffers()}
 
     def gather(names: list[str]) -> dict[str, torch.Tensor]:
@@ -100,6 +103,24 @@ def dcp_to_hf(
         return {name: tensors[keys[name]] for name in names}
 
     return write_hf_folder(bare, keys, gather, Path(save_dir).resolve(), model_assets_dir)
+
+
+def _averages(
+    keys: dict[str, str], aliases: dict[str, tuple[str, ...]], prefix: str, saved: Collection[str], path: Path
+) -> dict[str, str]:
+    """Return ``keys`` with those of the averages where the checkpoint holds one."""
+
+    def key(name: str) -> str | None:
+        candidates = (f"{PREFIX}{prefix.removeprefix(MODEL)}{alias}.ema" for alias in aliases[name])
+        return next((candidate for candidate in candidates if candidate in saved), None)
+
+    found = {name: average for name in keys if (average := key(name))}
+    if not found:
+        raise UserError(
+            f"{path} holds no averaged weights: the run was not trained with --optimizer-selection fused_ema_adamw, or "
+            "it was saved with --no-save-optim. Convert the weights themselves."
+        )
+    return {**keys, **found}
 
 
 def model_skeleton(hf_dir: Path, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -128,21 +149,58 @@ def model_skeleton(hf_dir: Path, trust_remote_code: bool = False) -> PreTrainedM
     return skeleton(model_class, config)
 
 
-class _StreamingPlanner(DigestingPlanner):
-    """Plans a save from tensors on meta and reads each weight when the writer asks for it."""
+class ModelFolder:
+    """The weights of a Hugging Face folder by the model's names, tied ones once, each read when asked for.
+
+    Attributes:
+        bare: the model's `skeleton`.
+    """
 
     def __init__(
         self, bare: PreTrainedModel, stored: dict[str, FileTensor], source: dict[str, tuple[str, ImportStep]]
     ) -> None:
-        super().__init__()
-        self._bare = bare
+        self.bare = bare
         self._stored = stored
         self._source = source
         self._at_hand: dict[str, torch.Tensor] = {}
 
-    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
-        """Return the weight; what a step gives besides it is kept until asked for."""
-        name, step = self._source[index.fqn]
+    def on_meta(self) -> dict[str, torch.Tensor]:
+        """Return all weights, on meta, in the dtypes on disk."""
+        return {key: step.outputs[name] for key, (name, step) in self._source.items()}
+
+    def read(self, key: str) -> torch.Tensor:
+        """Return one weight, for once; what a step gives besides it is kept until asked for."""
+        name, step = self._source[key]
         if name not in self._at_hand:
-            self._at_hand.update(step.run(self._bare, self._stored))
+            self._at_hand.update(step.run(self.bare, self._stored))
         return self._at_hand.pop(name)
+
+
+@contextmanager
+def open_model(hf_dir: Path, trust_remote_code: bool = False) -> Iterator[ModelFolder]:
+    """Open a Hugging Face folder to read its model's weights.
+
+    Raises:
+        UserError: ``hf_dir`` is not a model folder, or its weights do not fit its config.
+    """
+    bare = model_skeleton(hf_dir, trust_remote_code)
+    shapes = {names: tensor.shape for names, tensor in named_tensors(bare).items()}
+    with open_weights(hf_dir) as stored:
+        plan = plan_import(bare, stored, [name for names in shapes for name in names])
+        if problems := check_import(plan, shapes):
+            raise UserError("\n".join([f"{hf_dir}: the weights do not fit its config.json.", *problems]))
+        owner = {name: step for step in plan.steps for name in step.outputs}
+        source = {names[0]: next(name for name in names if name in owner) for names in shapes}
+        yield ModelFolder(bare, stored, {key: (name, owner[name]) for key, name in source.items()})
+
+
+class _StreamingPlanner(DigestingPlanner):
+    """Plans a save from tensors on meta and reads each weight when the writer asks for it."""
+
+    def __init__(self, weights: ModelFolder) -> None:
+        super().__init__()
+        self._weights = weights
+
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        """Return the weight."""
+        return self._weights.read(index.fqn.removeprefix(_PREFIX))

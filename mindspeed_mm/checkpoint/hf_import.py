@@ -39,7 +39,7 @@ def load_hf_weights(hf_model: PreTrainedModel, folder: str | Path, strict: bool 
 
 def _load(hf_model: PreTrainedModel, folder: Path, strict: bool) -> list[str]:
     _tie(hf_model)
-    targets = named_tensors(hf_model)
+    targets = named_tensors(hf_model, "base")
     by_name = {name: tensor for names, tensor in targets.items() for name in names}
     bare = skeleton(type(hf_model), hf_model.config)
     with open_weights(folder) as stored:

@@ -13,9 +13,10 @@ Nothing but DCP's ``.metadata`` index is a pickle that could run code.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -92,6 +93,8 @@ def take_snapshot(
     optimizer: Optimizer | None,
     extra: dict[str, Any],
     rank_state: dict[str, Any],
+    adapters_only: bool = False,
+    files: Mapping[str, bytes] | None = None,
     copy_to: HostCopy | None = None,
 ) -> Snapshot:
     """Collect what a checkpoint holds; with ``copy_to`` the run may go on while it is written.
@@ -102,18 +105,21 @@ def take_snapshot(
         optimizer: its state, or None to leave it out.
         extra: plain values that are the same on all ranks (scheduler, consumed samples); rank 0's are saved.
         rank_state: plain values of this rank (random state, data position).
+        adapters_only: leave out the weights under the adapters, which can be read again where they came from.
+        files: further files of this rank, by name.
         copy_to: where to copy the tensors to; None refers to the live ones.
     """
-    tensors = {MODEL + names[0]: tensor for names, tensor in named_tensors(model).items()}
+    part: Literal["all", "adapters"] = "adapters" if adapters_only else "all"
+    tensors = {MODEL + names[0]: tensor for names, tensor in named_tensors(model, part).items()}
     state = {"iteration": iteration, "world_size": world_size(), "extra": extra, "optimizer_groups": None}
     if optimizer is not None:
         tensors |= optimizer_tensors(model, optimizer)
         state["optimizer_groups"] = optimizer_groups(model, optimizer)
     own = Path(_rank_file(rank()))
-    files = {own.name: encode_python_state(rank_state, own.stem)}
+    all_files = {**(files or {}), own.name: encode_python_state(rank_state, own.stem)}
     if rank() == 0:
-        files[STATE] = encode_python_state(state, Path(STATE).stem)
-    return Snapshot(iteration, copy_to.take(tensors) if copy_to else tensors, files)
+        all_files[STATE] = encode_python_state(state, Path(STATE).stem)
+    return Snapshot(iteration, copy_to.take(tensors) if copy_to else tensors, all_files)
 
 
 def write_snapshot(
@@ -194,9 +200,12 @@ def load(
     step: int | None = None,
     finetune: bool = False,
     fallback: bool = False,
+    check: Callable[[Path], list[str]] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> LoadedCheckpoint:
     """Load a checkpoint into ``model`` and ``optimizer``; every rank calls this.
+
+    A checkpoint of adapters alone leaves the weights under them as they are.
 
     Args:
         load_dir: the folder that holds the tracker file, or one checkpoint's folder.
@@ -206,6 +215,7 @@ def load(
         step: the iteration to load instead of the tracker's.
         finetune: take the weights only and start at iteration 0, as is always done for ``release``.
         fallback: take the newest good checkpoint before it when this one is damaged or missing.
+        check: says whether the checkpoint at a path may be loaded: returns lines to warn with, or raises.
         group: ranks that load; default all.
 
     Raises:
@@ -215,8 +225,10 @@ def load(
     path, manifest, notes = _choose(load_dir, step, fallback, group)
 
     def prepare() -> tuple[dict[str, Any], dict[str, torch.Tensor], list[str]]:
+        notes.extend(check(path) if check else [])
         metadata = read_metadata(path)
-        tensors, problems = _match(model, metadata)
+        saved = _weights(metadata)
+        tensors, problems = _match(_wanted(model, saved), saved)
         if problems and strict:
             raise UserError("\n".join([f"{path} does not fit the model.", *problems, _STRICT_HINT]))
         if finetune or path.name == RELEASE:
@@ -245,6 +257,30 @@ def load(
 
 _WEIGHTS_ONLY: dict[str, Any] = {"iteration": 0, "extra": {}, "world_size": None, "optimizer_groups": None}
 _STRICT_HINT = "Load it with the model it was saved from, or pass --load-strict false to take what fits."
+
+
+def load_base(
+    load_dir: str | Path, *, model: nn.Module, strict: bool = True, group: dist.ProcessGroup | None = None
+) -> list[str]:
+    """Load a full checkpoint's weights under the adapters of ``model``; every rank calls this.
+
+    Returns:
+        Lines about weights that did not match, when ``strict`` is off.
+
+    Raises:
+        UserError: there is no checkpoint, it is damaged, or it does not fit.
+    """
+    path, _, notes = _choose(load_dir, None, fallback=False, group=group)
+
+    def prepare() -> tuple[dict[str, torch.Tensor], list[str]]:
+        tensors, problems = _match(named_tensors(model, "base"), _weights(read_metadata(path)))
+        if problems and strict:
+            raise UserError("\n".join([f"--load-base-model {path} does not fit the model.", *problems, _STRICT_HINT]))
+        return tensors, problems
+
+    tensors, problems = run_together(f"loading {load_dir}", prepare, group)
+    run_together(f"reading {path}", lambda: read_tensors(tensors, path, group=group), group)
+    return [*notes, *problems]
 
 
 def _choose(
@@ -286,16 +322,28 @@ def _compare(tensors: dict[str, torch.Tensor], path: Path, manifest: Manifest, g
         )
 
 
-def _match(model: nn.Module, metadata: Metadata) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Pair the model's tensors with the checkpoint's; return these by key, and what does not match."""
-    saved = {
+def _weights(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    return {
         key.removeprefix(MODEL): entry
         for key, entry in metadata.state_dict_metadata.items()
         if key.startswith(MODEL) and isinstance(entry, TensorStorageMetadata) and not key.endswith("_extra_state")
     }
+
+
+def _wanted(model: nn.Module, saved: Iterable[str]) -> dict[tuple[str, ...], torch.Tensor]:
+    """Return the model's tensors that a checkpoint should have: the adapters, if it has nothing but adapters."""
+    adapters = named_tensors(model, "adapters")
+    alone = adapters and {name for names in adapters for name in names}.issuperset(saved)
+    return adapters if alone else named_tensors(model)
+
+
+def _match(
+    wanted: dict[tuple[str, ...], torch.Tensor], saved: dict[str, TensorStorageMetadata]
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Pair the model's tensors with the checkpoint's; return these by key, and what does not match."""
     tensors, missing, reshaped = {}, [], []
     known: set[str] = set()
-    for names, tensor in named_tensors(model).items():
+    for names, tensor in wanted.items():
         known.update(names)
         name = next((name for name in names if name in saved), None)
         if name is None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import chain
+from typing import Literal
 
 import torch
 from torch import nn
@@ -22,17 +23,33 @@ def clean_name(name: str) -> str:
     return name
 
 
-def named_tensors(model: nn.Module) -> dict[tuple[str, ...], torch.Tensor]:
+def named_tensors(
+    model: nn.Module, part: Literal["all", "base", "adapters"] = "all"
+) -> dict[tuple[str, ...], torch.Tensor]:
     """Map all names of each parameter and persistent buffer to the live tensor, shared tensors once.
 
     The first name of a tuple is the one a checkpoint uses; the others are the names of tied parameters. The
     tensors are detached views of the model's storage (DTensors where the model is sharded), so writing into
-    them changes the model.
+    them changes the model. A weight under an adapter has the name it has without the adapter.
+
+    Args:
+        model: plain or sharded.
+        part: ``base`` leaves out the weights of adapters, ``adapters`` all others.
     """
+    adapted = adapted_layers(model).keys()
+
+    def name_of(key: str) -> str:
+        return clean_name(_base_name(key, adapted) or key)
+
     # state_dict() also makes FSDP modules go back to their sharded parameters.
-    state = {clean_name(k): v for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
+    state = {
+        name_of(key): tensor
+        for key, tensor in model.state_dict().items()
+        if isinstance(tensor, torch.Tensor)
+        and (part == "all" or (part == "adapters") == (_base_name(key, adapted) is None))
+    }
     owners: dict[str, int] = {
-        clean_name(name): id(tensor)
+        name_of(name): id(tensor)
         for name, tensor in chain(
             model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
         )
@@ -41,6 +58,27 @@ def named_tensors(model: nn.Module) -> dict[tuple[str, ...], torch.Tensor]:
     for name in state:
         names.setdefault(owners.get(name, name), []).append(name)
     return {tuple(shared): state[shared[0]] for shared in names.values()}
+
+
+def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that peft has put around others, ``base_layer``, by path; empty without LoRA."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if hasattr(module, "base_layer") and hasattr(module, "lora_A")
+    }
+
+
+def _base_name(name: str, adapted: Collection[str]) -> str | None:
+    """Return what a tensor is called in the model without adapters, None for a tensor of an adapter."""
+    kept, path = [], ""
+    for part in name.split("."):
+        if path not in adapted:
+            kept.append(part)
+        elif part != "base_layer":
+            return None
+        path = f"{path}.{part}" if path else part
+    return ".".join(kept)
 
 
 def local_block(tensor: torch.Tensor) -> tuple[slice, ...]:

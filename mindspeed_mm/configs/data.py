@@ -57,7 +57,8 @@ class HuggingFaceBasic(Config):
     max_samples: Positive | None = None  # read only the first rows; null: all
     seq_length: Positive | None = None  # longest sample in tokens; --seq-length sets it
 
-    val_dataset: InputPaths | None = None  # files to validate on; wins over val_rate
+    # files to validate on, or such files for each of several sets by its name; wins over val_rate
+    val_dataset: InputPaths | dict[str, InputPaths] | None = None
     val_rate: Fraction | None = None  # share of the rows set aside for validation
     val_max_samples: Positive | None = None  # read only the first validation rows; null: all
 

@@ -21,6 +21,7 @@ class Fsdp2Config(Config):
     sharding_size: Positive | Literal["auto"] | None = None  # ranks that share one copy; auto: all; null: 1
     sub_modules_to_wrap: list[str] | None = None  # gathered one by one; null: the model's own choice; root is last
     ignored_modules: list[str] | None = None  # left whole on every rank
+    replicate_frozen_mib: Count = 64  # frozen towers are left whole too, unless listed, while they fit in this
     reshard_after_forward: bool | Positive = True  # true: ZeRO-3; false: ZeRO-2; int: reshard to so many ranks
 
     # Number formats; null leaves the model's.
@@ -31,6 +32,7 @@ class Fsdp2Config(Config):
 
     # Memory.
     recompute_modules: list[str] | None = None  # activations are computed again in backward
+    recompute_keep: Literal["matmul"] | None = None  # what they keep all the same; matmul: products and attention
     use_reentrant: bool = True  # which of torch's two checkpoint implementations recomputes
     offload_to_cpu: bool = False  # parameters, gradients and optimizer state live in host memory
     pin_memory: bool = False  # with offload_to_cpu: page-locked, for faster copies

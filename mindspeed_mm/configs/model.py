@@ -37,8 +37,10 @@ class LossConfig(Config):
     # default: mean over the tokens of a micro batch; per_sample_loss: mean over the tokens of a sample, then over
     # samples; per_token_loss: mean over the tokens of the global batch.
     loss_type: LossType = "default"  # --calculate-per-token-loss and --calculate-per-sample-loss set it
-    compute_mode: Literal["default", "chunk"] = "default"  # chunk: logits exist for chunk_size tokens at a time
-    chunk_size: Positive = 1024  # tokens
+    # default: logits of the whole micro batch; chunk: of chunk_size tokens at a time; auto: chunk where those of the
+    # micro batch would take more than 2 GiB in fp32.
+    compute_mode: Literal["auto", "default", "chunk"] = "auto"
+    chunk_size: Positive = 1024  # tokens of the micro batch
     router_aux_loss_coef: float = Field(default=0.0, ge=0.0)  # weight of the experts' load-balancing loss
 
 
@@ -67,6 +69,8 @@ class ModelConfig(Config):
     random_init: bool = False  # take only config.json from there and start from random weights
     load_strict: bool = True  # its weights must fit the model; false here or by --load-strict: use what fits
     trust_remote_code: bool = False  # run Python files of that folder; --trust-remote-code sets it
+
+    freeze: list[str] = Field(default_factory=list)  # modules and parameters that are not trained; paths as in the yaml
 
     # Towers.
     image_encoder: ImageEncoder | None = None

@@ -21,7 +21,7 @@ from mindspeed_mm.data.samplers import DistributedBatchSampler
 from mindspeed_mm.errors import UserError, did_you_mean
 
 
-def build_mm_dataset(dataset_param: Any) -> ConversationDataset | tuple[ConversationDataset, ConversationDataset]:
+def build_mm_dataset(dataset_param: Any) -> ConversationDataset | tuple[ConversationDataset, Any]:
     """Build the data set of ``dataset_param``.
 
     All rows are read and checked at once (columns, roles, placeholders, existence of images), so that a mistake ends
@@ -31,7 +31,8 @@ def build_mm_dataset(dataset_param: Any) -> ConversationDataset | tuple[Conversa
         dataset_param: the object of data.json, typed or as a dict.
 
     Returns:
-        The training set, or ``(training, validation)`` where ``val_dataset`` is given.
+        The training set, or ``(training, validation)`` where ``val_dataset`` is given; validation is a dict where that
+        names several sets.
 
     Raises:
         UserError: a key, a file, a row or the processor's folder is not usable.
@@ -53,7 +54,8 @@ def build_mm_dataset(dataset_param: Any) -> ConversationDataset | tuple[Conversa
         return read_conversations(files, attr, basic.dataset_dir, max_samples), files
 
     train = conversations(basic.dataset, basic.max_samples)
-    valid = conversations(basic.val_dataset, basic.val_max_samples) if basic.val_dataset else None
+    named = basic.val_dataset if isinstance(basic.val_dataset, Mapping) else {"": basic.val_dataset}
+    valid = {name: conversations(paths, basic.val_max_samples) for name, paths in named.items() if paths}
     encoder = ConversationEncoder(
         EncodingOptions(
             folder=preprocess.model_name_or_path,
@@ -67,9 +69,10 @@ def build_mm_dataset(dataset_param: Any) -> ConversationDataset | tuple[Conversa
             crop_to_patches=preprocess.crop_to_patches,
         )
     )
-    if valid is None:
+    if not valid:
         return ConversationDataset(*train, encoder)
-    return ConversationDataset(*train, encoder), ConversationDataset(*valid, encoder)
+    sets = {name: ConversationDataset(*rows, encoder) for name, rows in valid.items()}
+    return ConversationDataset(*train, encoder), sets.get("", sets)
 
 
 def build_mm_dataloader(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -95,11 +96,29 @@ class ConversationEncoder:
         pictures = [load_image(path, where, options.image_max_pixels, options.image_min_pixels) for path in images]
         try:
             prompt = self._renderer.render(messages)
-            return self._shorten(*self._tokenize(prompt, pictures), where)
+            sample = self._shorten(*self._tokenize(prompt, pictures), where)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         except Exception as error:  # templates and processors are the model's own code
             raise UserError(f"{where}: the model's processor refuses this row: {error}") from error
+        if (sample["labels"][1:] == IGNORE_INDEX).all():
+            raise UserError(f"{where}: no token of the row has a label, so nothing can be learnt from it; remove it")
+        return sample
+
+    def encode_question(
+        self, messages: list[dict[str, str]], images: list[str], where: str
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Return a conversation up to its last answer as a batch of one, and the token ids of that answer, (A,).
+
+        Args and errors are those of `encode`.
+        """
+        encoder = copy(self)
+        encoder.options = replace(self.options, seq_length=None, train_on_prompt=False, mask_history=True)
+        sample = encoder.encode(messages, images, where)
+        answer = (sample.pop("labels") != IGNORE_INDEX).nonzero().flatten()
+        start = int(answer[0])
+        tokens = sample["input_ids"][answer]
+        return {key: v[None, :start] if v.ndim == 1 else v for key, v in sample.items()}, tokens
 
     def _tokenize(self, prompt: Prompt, pictures: list[Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Return the sample and a mask (L,) of its image tokens."""

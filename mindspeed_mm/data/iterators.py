@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -63,12 +63,20 @@ class CyclicIterator:
     def state_dict(self) -> dict[str, Any]:
         """Return the position, in types that ``torch.load(weights_only=True)`` accepts."""
         # After a restore that nothing followed, the loader was not opened yet: its start state still counts.
-        return {"epoch": self._epoch, "batch": self._batch, "start_state": self._start_state if self._batch else None}
+        return {
+            "epoch": self._epoch,
+            "batch": self._batch,
+            "start_state": self._start_state if self._batch else None,
+            "own": self._own_states(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at a saved position; takes effect with the next batch."""
         self._epoch, self._batch, self._start_state = state["epoch"], state["batch"], state["start_state"]
         self._batches = None
+        self._set_own_states(state.get("own", {}))  # matters when this process has drawn from them in the meantime
+        if getattr(self.loader, "_iterator", None) is not None:
+            self.loader._iterator = None  # type: ignore[attr-defined]  # its workers have fetched ahead elsewhere
 
     def seek(self, batches: int) -> None:
         """Continue after ``batches`` batches from the very start, for a position saved at another world size.
@@ -78,6 +86,33 @@ class CyclicIterator:
         length = _length(self.loader)
         epoch, batch = divmod(batches, length) if length else (0, batches)
         self.load_state_dict({"epoch": epoch, "batch": batch, "start_state": None})
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Epoch and number (both from 0) of the batch that was returned last."""
+        return self._epoch, self._batch - 1
+
+    def samples_at(self, place: tuple[int, int]) -> list[str] | None:
+        """Name the samples of the batch at ``place``; None where the loader's sampler cannot tell."""
+        indices = getattr(getattr(self.loader, "batch_sampler", None), "indices", None)
+        if indices is None:
+            return None
+        where = getattr(self.loader.dataset, "where", "sample {}".format)  # type: ignore[attr-defined]
+        return [where(index) for index in indices(*place)]
+
+    def one_pass(self) -> Iterator[Any]:
+        """Return one pass over the loader's data from its beginning, which leaves the position as it is.
+
+        Our own loader gives every sample once then, over all ranks together; another is iterated over as it is.
+        """
+        once = getattr(self.loader, "one_pass", None)
+        with _signals_for_this_process_only():
+            return iter(self.loader if once is None else once())
+
+    def stand_in(self) -> Any:
+        """Return a batch for a rank to which `one_pass` gives none, or None where the loader has no such thing."""
+        stand_in = getattr(self.loader, "stand_in", None)
+        return stand_in and stand_in()
 
     def _open_epoch(self) -> Iterator[Any]:
         for target in (self.loader, *(getattr(self.loader, name, None) for name in ("batch_sampler", "sampler"))):
@@ -99,13 +134,19 @@ class CyclicIterator:
         return batches
 
     def _random_state(self) -> dict[str, Any]:
-        own = {name: g.get_state() for name, g in _generators(self.loader).items()}
-        return {"global": accelerator.rng_state(), "own": own}
+        return {"global": accelerator.rng_state(), "own": self._own_states()}
 
     def _set_random_state(self, state: dict[str, Any]) -> None:
         accelerator.set_rng_state(state["global"])
+        self._set_own_states(state["own"])
+
+    def _own_states(self) -> dict[str, Any]:
+        return {name: generator.get_state() for name, generator in _generators(self.loader).items()}
+
+    def _set_own_states(self, states: dict[str, Any]) -> None:
         for name, generator in _generators(self.loader).items():
-            generator.set_state(state["own"][name])
+            if name in states:
+                generator.set_state(states[name])
 
 
 class _StartAt:
@@ -196,8 +237,10 @@ def build_iterations(
     val_dl: Iterable[Any] | None = None,
     test_dl: Iterable[Any] | None = None,
     iterator_type: str = "cyclic",
-) -> tuple[CyclicIterator | None, CyclicIterator | None, CyclicIterator | None]:
+) -> tuple[Any, Any, Any]:
     """Turn up to three loaders into iterators; ``iterator_type`` is ``"cyclic"`` (endless) or ``"single"``.
+
+    A dict of loaders becomes a dict of iterators.
 
     Raises:
         UserError: the iterator type is neither.
@@ -205,4 +248,10 @@ def build_iterations(
     if iterator_type not in ("cyclic", "single"):
         raise UserError(f"build_iterations: iterator_type is '{iterator_type}', it must be 'cyclic' or 'single'.")
     cyclic = iterator_type == "cyclic"
-    return tuple(None if dl is None else CyclicIterator(dl, cyclic) for dl in (train_dl, val_dl, test_dl))  # type: ignore[return-value]
+
+    def convert(loader: Any) -> Any:
+        if isinstance(loader, Mapping):
+            return {name: convert(one) for name, one in loader.items()}
+        return None if loader is None else CyclicIterator(loader, cyclic)
+
+    return convert(train_dl), convert(val_dl), convert(test_dl)

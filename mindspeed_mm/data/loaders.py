@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from mindspeed_mm.data.samplers import DistributedBatchSampler
 from mindspeed_mm.errors import UserError
 
 
@@ -29,7 +28,7 @@ class MultiModalDataLoader(StatefulDataLoader):
     def __init__(
         self,
         dataset: Dataset[Any],
-        batch_sampler: DistributedBatchSampler,
+        batch_sampler: Iterable[list[int]],
         collate_fn: Callable[[list[Any]], Any],
         **options: Any,
     ) -> None:
@@ -38,10 +37,23 @@ class MultiModalDataLoader(StatefulDataLoader):
             super().__init__(
                 _Guarded(dataset), batch_sampler=batch_sampler, collate_fn=_GuardedCollate(collate_fn), **options
             )
+        self._made_of = (dataset, collate_fn, options)
+        self._once: MultiModalDataLoader | None = None
 
     def __iter__(self) -> Iterator[Any]:
         """Start an epoch; workers start fetching at once."""
         return map(_raise_mistake, super().__iter__())
+
+    def one_pass(self) -> MultiModalDataLoader:
+        """Return a loader of the batches that ``DistributedBatchSampler.one_pass`` gives, with workers of its own."""
+        if self._once is None:
+            dataset, collate_fn, options = self._made_of
+            self._once = MultiModalDataLoader(dataset, self.batch_sampler.one_pass(), collate_fn, **options)
+        return self._once
+
+    def stand_in(self) -> Any:
+        """Return a batch of the first sample, for a rank to which a pass gives none."""
+        return _raise_mistake(self.collate_fn([self.dataset[0]]))
 
 
 class _Guarded(Dataset[Any]):

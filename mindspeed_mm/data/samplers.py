@@ -66,14 +66,29 @@ class DistributedBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the indices of one micro batch after the other to the end of the epoch."""
-        order = self._order()
+        order = self._order(self._epoch)
         start, self._start = self._start, 0
         for number in range(start, len(self)):
-            begin = number * self._global_micro_batch + self.rank * self.micro_batch_size
-            positions = np.arange(begin, begin + self.micro_batch_size) % self.num_samples
-            yield order[positions].tolist()
+            yield self._cut(order, number)
 
-    def _order(self) -> np.ndarray:
+    def indices(self, epoch: int, number: int) -> list[int]:
+        """Return the indices of batch ``number`` (from 0) of ``epoch``, wherever the iteration stands."""
+        return self._cut(self._order(epoch), number)
+
+    def _cut(self, order: np.ndarray, number: int) -> list[int]:
+        begin = number * self._global_micro_batch + self.rank * self.micro_batch_size
+        return order[np.arange(begin, begin + self.micro_batch_size) % self.num_samples].tolist()
+
+    def one_pass(self) -> list[list[int]]:
+        """Return this rank's batches of a pass over every sample once, in the order of the data set.
+
+        The batches of all ranks together are the same for every number of ranks. The last may be short, and a rank
+        may have one less than another.
+        """
+        starts = range(self.rank * self.micro_batch_size, self.num_samples, self._global_micro_batch)
+        return [list(range(start, min(start + self.micro_batch_size, self.num_samples))) for start in starts]
+
+    def _order(self, epoch: int) -> np.ndarray:
         if not self.shuffle:
             return np.arange(self.num_samples)
-        return np.random.default_rng([self.seed, self._epoch]).permutation(self.num_samples)
+        return np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)

@@ -7,7 +7,7 @@ The order matters and is fixed here: recompute is put on the modules first, then
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_map
 
 from mindspeed_mm import accelerator
 from mindspeed_mm.configs.fsdp2 import Fsdp2Config, load_fsdp2_config
+from mindspeed_mm.distributed.frozen import choose_policies
 from mindspeed_mm.distributed.patterns import resolve_all, summarise
 from mindspeed_mm.distributed.recompute import recompute
 from mindspeed_mm.distributed.reduction import sum_gradients
@@ -80,6 +81,7 @@ def prepare_model(
         param_dtype: ``bf16`` computes in bfloat16 on fp32 parameters where the yaml does not choose (``--bf16``).
     """
     sharding = Sharding(model, _with_dtype(load_fsdp2_config(fsdp2_config_path), param_dtype), process_group)
+    sharding.keep_masters()
     with sharding.active():
         if callable(method := getattr(model, "fully_shard", None)):
             if "fsdp2_config_path" in (names := _parameter_names(method)) or "**" in names:
@@ -149,6 +151,23 @@ class Sharding:
         model: Any = self.module
         model.fsdp2_config, model.fsdp2_kwargs = self.config, self.kwargs
 
+    def keep_masters(self) -> None:
+        """Make parameters that were built in 16 bits fp32 where FSDP casts them for computing.
+
+        The optimizer then updates fp32 values with fp32 moments: a 16-bit weight loses every update that is smaller
+        than about 1/256 of it.
+        """
+        low = [p for p in self.module.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
+        if not low:
+            return
+        built = f"{sum(p.numel() for p in low):,} parameters were built in {str(low[0].dtype).removeprefix('torch.')}"
+        if self.config.param_dtype in ("bf16", "fp16"):
+            for parameter in low:
+                parameter.data = parameter.data.float()
+            self.notes.append(f"{built}: they are kept and updated in fp32, and cast for computing")
+        else:
+            self.notes.append(f"{built} and are updated in it, which loses small updates; --bf16 keeps them in fp32")
+
     def apply(self) -> None:
         """The default flow."""
         self.recompute()
@@ -158,8 +177,12 @@ class Sharding:
     def recompute(self) -> None:
         """Recompute the activations of ``recompute_modules``."""
         modules = self._runnable("recompute_modules")
+        if self.config.recompute_keep and not modules:
+            raise UserError(
+                "fsdp2 config, recompute_keep: nothing is recomputed; list recompute_modules, or remove it."
+            )
         for module in modules.values():
-            recompute(module)
+            recompute(module, self.config.recompute_keep)
         if modules and self.config.use_reentrant and "use_reentrant" in self.config.model_fields_set:
             self.notes.append(
                 "use_reentrant: true runs as false: same gradients, and none are lost where no input needs a gradient"
@@ -168,6 +191,7 @@ class Sharding:
     def wrap(self) -> None:
         """Give each of ``sub_modules_to_wrap`` to ``fully_shard``, from the leaves up, and the root last."""
         ignored = {part for module in self.ignored_modules.values() for part in module.modules()}
+        kwargs = dict(self.kwargs)
         if self.config.sub_modules_to_wrap is None:
             units = {p: m for p, m in no_split_modules(self.module).items() if m not in ignored}
             found = ", ".join(f"{pattern} ({len(paths)})" for pattern, paths in summarise(units).items())
@@ -179,18 +203,21 @@ class Sharding:
                 raise UserError(
                     f"fsdp2 config: '{both[0]}' is in sub_modules_to_wrap and inside ignored_modules; take one out."
                 )
-        if (dtype := self.kwargs["mp_policy"].param_dtype) is not None and self.config.cast_forward_inputs:
+        if (dtype := kwargs["mp_policy"].param_dtype) is not None and self.config.cast_forward_inputs:
             for module in self.ignored_modules.values():
                 _compute_in_own_dtype(module, dtype)
+        for path, module in self._replicated(units).items():
+            units = {p: m for p, m in units.items() if not f"{p}.".startswith(f"{path}.")}
+            kwargs["ignored_params"] = kwargs.get("ignored_params", set()) | set(module.parameters())
         # Only the model's own output is cast: layers in between keep handing on the compute dtype.
-        inner = {**self.kwargs, "mp_policy": replace(self.kwargs["mp_policy"], output_dtype=None)}
-        for group in wrap_order(self.module, units, self.kwargs.get("ignored_params", set())):
+        inner = {**kwargs, "mp_policy": replace(kwargs["mp_policy"], output_dtype=None)}
+        for group in wrap_order(self.module, units, kwargs.get("ignored_params", set())):
             fully_shard(group if len(group) > 1 else group[0], **inner)
             self._leader.update(dict.fromkeys(group, group[0]))
             if len(group) > 1:
                 together = ", ".join(path for path, module in units.items() if module in group)
                 self.notes.append(f"wrapped as one unit, because they share a parameter: {together}")
-        fully_shard(self.module, **self.kwargs)
+        fully_shard(self.module, **kwargs)
 
     def prefetch(self, forward: int, backward: int) -> None:
         """Let each wrapped module gather the parameters of the next ``forward`` ones, ``backward`` ones in backward.
@@ -297,6 +324,20 @@ class Sharding:
                 f"{backends}; pass --distributed-backend {backends},cpu:gloo."
             )
         return CPUOffloadPolicy(pin_memory=self.config.pin_memory)
+
+    def _replicated(self, units: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+        """The frozen towers that are best left whole on every rank; what becomes of the others is noted."""
+        offloads = isinstance(self.kwargs.get("offload_policy"), CPUOffloadPolicy)
+        replicated, lines = choose_policies(
+            self.module,
+            units,
+            self.kwargs.get("ignored_params", set()),
+            listed=self.config.sub_modules_to_wrap is not None,
+            replicate_up_to=-1 if offloads else self.config.replicate_frozen_mib * 2**20,
+            dtype=self.kwargs["mp_policy"].param_dtype,
+        )
+        self.notes += lines
+        return replicated
 
     def _runnable(self, key: str) -> dict[str, nn.Module]:
         """Resolve the patterns of ``key`` to modules whose ``forward`` is called, so that hooks on it run."""

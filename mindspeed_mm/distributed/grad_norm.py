@@ -18,10 +18,24 @@ def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
 
 
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: float | Tensor) -> None:
-    """Multiply every gradient in place. A tensor factor is applied without a host synchronisation."""
-    gradients = local_gradients(parameters)
-    for same_kind in _by_dtype(gradients).values():
-        torch._foreach_mul_(same_kind, factor if isinstance(factor, float) else factor.to(same_kind[0].dtype))
+    """Multiply every gradient in place. A tensor factor is applied without a host synchronisation.
+
+    16-bit gradients are multiplied in the factor's precision: a factor rounded to 8 bits would be wrong by up to
+    0.4 % for all of them alike. Only gradients that live on the host under ``offload_to_cpu`` have to wait for a
+    factor from the device.
+    """
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for gradient in local_gradients(parameters):
+        groups[gradient.device, gradient.dtype].append(gradient)
+    for (device, dtype), same_kind in groups.items():
+        if isinstance(factor, float):
+            torch._foreach_mul_(same_kind, factor)
+        elif dtype.itemsize < 4:
+            near = factor.to(device)
+            for gradient in same_kind:
+                gradient.copy_(gradient.to(near.dtype) * near)
+        else:
+            torch._foreach_mul_(same_kind, factor.to(device, dtype))
 
 
 def total_grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
@@ -67,10 +81,3 @@ def _sum_of_squares(tensors: list[Tensor]) -> Tensor:
     if not filled:
         return torch.zeros((), dtype=dtype, device=tensors[0].device)
     return torch.stack(torch._foreach_norm(filled, 2, dtype=dtype)).square().sum()
-
-
-def _by_dtype(tensors: list[Tensor]) -> dict[torch.dtype, list[Tensor]]:
-    groups: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-    for tensor in tensors:
-        groups[tensor.dtype].append(tensor)
-    return groups

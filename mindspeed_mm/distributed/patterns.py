@@ -16,6 +16,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import nn
 
@@ -26,11 +27,12 @@ _RANGE = re.compile(r"^(\d+)-(\d+)$")
 _SYNTAX = "write {*}, {0-23}, {1,3,5} or a mix such as {0-20,25}"
 
 
-def resolve(model: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:
+def resolve(model: nn.Module, pattern: str, *, parameters: bool = False) -> list[tuple[str, Any]]:
     """Return the ``(path, module)`` pairs that ``pattern`` names, in the order of the pattern.
 
     A number written out in braces must exist in its container. Text after the braces may be absent from some of
     the children (``layers.{*}.mlp.experts`` in a model whose first layers are dense), but not from all of them.
+    With ``parameters`` the last component may also name parameters.
 
     Raises:
         UserError: malformed braces, a number that is out of range, or no module at all. The message lists the
@@ -38,16 +40,18 @@ def resolve(model: nn.Module, pattern: str) -> list[tuple[str, nn.Module]]:
     """
     if pattern == "":
         return [("", model)]
-    found = [("", model)]
-    for component in pattern.split("."):
+    found: list[tuple[str, Any]] = [("", model)]
+    components = pattern.split(".")
+    for i, component in enumerate(components, 1):
         names = _parse(pattern, component)
         found = [
             (f"{path}.{name}" if path else name, child)
             for path, module in found
-            for name, child in _children(pattern, path, module, names)
+            for name, child in _children(pattern, path, module, names, parameters and i == len(components))
         ]
     if not found:
-        raise UserError(f"'{pattern}' matches no module. {_nearest(model, pattern)}")
+        what = "module and no parameter" if parameters else "module"
+        raise UserError(f"'{pattern}' matches no {what}. {_nearest(model, pattern, parameters)}")
     return found
 
 
@@ -112,10 +116,11 @@ def _parse(pattern: str, component: str) -> re.Pattern[str] | list[str]:
 
 
 def _children(
-    pattern: str, path: str, module: nn.Module, names: re.Pattern[str] | list[str]
-) -> Iterator[tuple[str, nn.Module]]:
+    pattern: str, path: str, module: nn.Module, names: re.Pattern[str] | list[str], parameters: bool
+) -> Iterator[tuple[str, Any]]:
     # `named_children` would drop a module registered twice, and with it a path that the user sees.
-    children = {name: child for name, child in module._modules.items() if child is not None}
+    everything: dict[str, Any] = {**module._modules, **(module._parameters if parameters else {})}
+    children = {name: child for name, child in everything.items() if child is not None}
     if isinstance(names, re.Pattern):
         yield from ((name, child) for name, child in children.items() if names.fullmatch(name))
         return
@@ -128,8 +133,11 @@ def _children(
     yield from ((name, children[name]) for name in names if name in children)
 
 
-def _nearest(model: nn.Module, pattern: str) -> str:
-    real = summarise(name for name, _ in model.named_modules() if name)
+def _nearest(model: nn.Module, pattern: str, parameters: bool) -> str:
+    names = [name for name, _ in model.named_modules() if name]
+    if parameters:
+        names += [name for name, _ in model.named_parameters()]
+    real = summarise(names)
     close = difflib.get_close_matches(re.sub(r"\{[^}]*\}", "{*}", pattern), real, n=4, cutoff=0.5)
     if not close:
         close = [path for path in real if "." not in path][:12]

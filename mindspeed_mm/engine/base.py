@@ -21,13 +21,10 @@ class StepResult:
 
     Attributes:
         grad_norm: L2 norm of all gradients before clipping, a scalar tensor on the device (not yet read by the host).
-        update_skipped: whether the weights were left as they were.
-        reason: why, when they were.
+            Where it is not finite, on all ranks then, weights and optimizer state were left as they were.
     """
 
     grad_norm: Tensor
-    update_skipped: bool = False
-    reason: str = ""
 
 
 class Engine(Protocol):
@@ -43,7 +40,10 @@ class Engine(Protocol):
         num_microbatches: int,
         forward_only: bool = False,
     ) -> list[Report]:
-        """Run the micro-batches of one step and return the report of each."""
+        """Run the micro-batches of one step and return the report of each.
+
+        A loss that is not finite on any rank makes the gradient, and with it its norm, not finite.
+        """
 
     def optimizer_step(self) -> StepResult:
-        """Clip, update the weights and clear the gradients."""
+        """Clip, update the weights unless the gradient is not finite, and clear the gradients."""

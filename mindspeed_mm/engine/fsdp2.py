@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 
 from mindspeed_mm.distributed.grad_norm import clip_by_norm, scale_gradients, total_grad_norm
 from mindspeed_mm.engine.base import ForwardStep, Report, StepResult
-from mindspeed_mm.engine.loss_result import LossResult, read_loss
+from mindspeed_mm.engine.loss_result import LossResult, at_least_one, read_loss
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.optimizer.skipping import step_if_finite
 
 
 class FSDP2Engine:
@@ -24,7 +25,8 @@ class FSDP2Engine:
 
         mean over ranks of mean over micro-batches of loss
 
-    and, for a ``loss_func`` that returns ``(loss_sum, num_tokens, report)`` under ``per_token_loss``, of
+    where the loss of a ``loss_func`` that returns ``(loss_sum, num_tokens, report)`` is ``loss_sum / num_tokens``, 0
+    without tokens. Under ``per_token_loss`` it has to return those three, and the gradient is that of
 
         sum of loss_sum over ranks and micro-batches / sum of num_tokens over ranks and micro-batches.
 
@@ -78,7 +80,7 @@ class FSDP2Engine:
                 loss = self._to_optimise(result, num_microbatches)
                 if result.num_tokens is not None:
                     token_counts.append(result.num_tokens)
-                loss.backward()
+                loss.backward(_one_if_finite(loss))
             reports.append(result.report)
         if not forward_only:
             self._reduce_replicated()
@@ -87,11 +89,11 @@ class FSDP2Engine:
         return reports
 
     def optimizer_step(self) -> StepResult:
-        """Clip, update the weights and clear the gradients. The host does not wait for the device."""
+        """Clip, update the weights unless the gradient is not finite, and clear the gradients."""
         norm = total_grad_norm(self.parameters)
         if self.clip_grad > 0:
             clip_by_norm(self.parameters, norm, self.clip_grad)
-        self.optimizer.step()
+        step_if_finite(self.optimizer, norm)
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(norm)
 
@@ -100,7 +102,7 @@ class FSDP2Engine:
         if not (isinstance(pair, tuple) and len(pair) == 2 and callable(pair[1])):
             raise UserError(f"forward_step returned a {type(pair).__name__}: it must return '(output, loss_func)'.")
         output, loss_func = pair
-        return read_loss(loss_func(output))
+        return read_loss(loss_func(output), per_token_loss=self.per_token_loss)
 
     def _to_optimise(self, result: LossResult, num_microbatches: int) -> Tensor:
         """Scale a micro-batch's loss so that the reduced gradient is that of the class's formula."""
@@ -116,10 +118,9 @@ class FSDP2Engine:
                     "--calculate-per-token-loss: loss_func returned a mean. It must return "
                     "'(loss_sum, num_tokens, report)', which is divided by the tokens of the global batch."
                 )
-            return result.loss / parts
-        if self.per_token_loss:
+        elif self.per_token_loss:
             return result.loss  # divided by the global number of tokens once that is known
-        return result.loss / (result.num_tokens.clamp(min=1) * parts)
+        return result.mean / parts
 
     def _reduce_after_this(self, last: bool) -> None:
         for root in self.fsdp_roots:
@@ -147,7 +148,12 @@ class FSDP2Engine:
         total = torch.stack(counts).sum()
         dist.all_reduce(total, group=self.group)
         total = total.to(torch.promote_types(self.parameters[0].dtype, torch.float32))
-        scale_gradients(self.parameters, 1 / total.clamp(min=1))
+        scale_gradients(self.parameters, 1 / at_least_one(total))
+
+
+def _one_if_finite(loss: Tensor) -> Tensor:
+    """Return the gradient to start from: NaN for a loss that is not finite, so that no rank updates its weights."""
+    return loss.detach() * 0 + 1
 
 
 def _outermost(module: nn.Module) -> list[FSDPModule]:

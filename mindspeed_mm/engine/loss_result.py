@@ -28,12 +28,26 @@ class LossResult:
     num_tokens: Tensor | None
     report: Report
 
+    @property
+    def mean(self) -> Tensor:
+        """The loss over its own number of tokens; 0 without tokens."""
+        return self.loss if self.num_tokens is None else self.loss / at_least_one(self.num_tokens)
 
-def read_loss(result: Any) -> LossResult:
+
+def at_least_one(count: Tensor) -> Tensor:
+    """Return ``count``, or 1 where there is nothing to divide by; a sum of weights may well be less than 1."""
+    return count.where(count != 0, 1)
+
+
+def read_loss(result: Any, *, per_token_loss: bool) -> LossResult:
     """Accept the three documented return forms of ``loss_func``.
 
-    A loss without a report, or with an empty one, is logged as ``loss``. The loss may have any shape of
-    one element.
+    A loss without a report, or with an empty one, is logged as ``loss``, the way it is optimised. The loss may have
+    any shape of one element.
+
+    Args:
+        result: what ``loss_func`` returned.
+        per_token_loss: a sum is divided by the tokens of the global batch, not by its own.
 
     Raises:
         UserError: the value has none of these forms.
@@ -57,7 +71,8 @@ def read_loss(result: Any) -> LossResult:
     if num_tokens is not None:
         num_tokens = torch.as_tensor(num_tokens, device=loss.device).reshape(())
     loss = loss.reshape(())
+    read = LossResult(loss, num_tokens, report or {})
     if not report:
-        value = loss.detach()
-        report = {"loss": value if num_tokens is None else (value, num_tokens)}
-    return LossResult(loss, num_tokens, report)
+        summed = per_token_loss and num_tokens is not None
+        read.report["loss"] = (loss.detach(), num_tokens) if summed else read.mean.detach()
+    return read

@@ -1,6 +1,6 @@
 """Losses of one micro-batch: plain functions of tensors, computed in fp32."""
 
-from mindspeed_mm.losses.chunked import head_returns_loss_sums
+from mindspeed_mm.losses.chunked import head_returns_loss_sums, logits_bytes
 from mindspeed_mm.losses.cross_entropy import (
     IGNORE,
     REDUCTIONS,
@@ -8,6 +8,7 @@ from mindspeed_mm.losses.cross_entropy import (
     mean_token_loss,
     per_sample_loss,
     shift_labels,
+    token_losses,
     token_sum_loss,
 )
 
@@ -16,8 +17,10 @@ __all__ = [
     "REDUCTIONS",
     "cross_entropy_sums",
     "head_returns_loss_sums",
+    "logits_bytes",
     "mean_token_loss",
     "per_sample_loss",
     "shift_labels",
+    "token_losses",
     "token_sum_loss",
 ]

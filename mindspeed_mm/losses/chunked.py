@@ -1,8 +1,8 @@
-"""Cross entropy without ever holding the logits of the whole sequence."""
+"""Cross entropy without ever holding the logits of the whole micro-batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,7 +10,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mindspeed_mm.losses.cross_entropy import cross_entropy_sums
+from mindspeed_mm.losses.cross_entropy import token_losses
+
+LARGE_LOGITS = 2 * 2**30
+"""Bytes of fp32 logits from which on they are the peak of a step; see :func:`logits_bytes`."""
+
+FusedKernel = Callable[[nn.Linear, Tensor, Tensor], Tensor]
+"""``kernel(head, hidden, targets)`` with (N, H) and (N,): the summed cross entropy, a scalar in fp32."""
+
+
+def logits_bytes(tokens: int, vocabulary: int) -> int:
+    """Return the size of the fp32 logits of so many tokens, padding included.
+
+    Cross entropy on whole logits holds about three times as much at its peak: what the head returned, the log
+    probabilities, and the gradient of both.
+    """
+    return 4 * tokens * vocabulary
 
 
 @dataclass
@@ -18,18 +33,21 @@ class HeadResult:
     """What the head returned, to be compared with what the model passed on.
 
     Attributes:
-        sums: (B,), fp32; None until the head was called.
+        sums: (B,), or (1,) from a kernel, fp32; None unless the head was called with the targets' shape.
     """
 
     sums: Tensor | None = None
 
 
 @contextmanager
-def head_returns_loss_sums(head: nn.Module, targets: Tensor, chunk_size: int) -> Iterator[HeadResult]:
+def head_returns_loss_sums(
+    head: nn.Module, targets: Tensor, chunk_size: int, kernel: FusedKernel | None = None
+) -> Iterator[HeadResult]:
     """Make ``head(hidden)`` return the summed cross entropy of each sample instead of the logits.
 
-    The sequence is cut into chunks. Each chunk's logits are made, reduced to a sum and dropped; the backward
-    pass makes them again. At any time ``B * chunk_size * V`` logits exist instead of ``B * S * V``.
+    The tokens of the micro-batch are cut into chunks, the last of which may be shorter. Each chunk's logits are
+    made, reduced to a loss for each token and dropped; the backward pass makes them again. At any time
+    ``chunk_size * V`` logits exist instead of ``B * S * V``, for one more pass through the head.
 
     The head's own forward computes each chunk, so a bias, LoRA or a head that is an FSDP unit of its own work
     as they are. It has to happen inside the head's call, because only there are its parameters gathered.
@@ -37,24 +55,34 @@ def head_returns_loss_sums(head: nn.Module, targets: Tensor, chunk_size: int) ->
     Args:
         head: the output projection, called once with (B, S, H) while this context is open.
         targets: (B, S) from :func:`~mindspeed_mm.losses.cross_entropy.shift_labels`.
-        chunk_size: positions of the sequence for each chunk.
+        chunk_size: tokens of each chunk.
+        kernel: computes the sum over all samples in one go, where the head is a plain ``nn.Linear``. Its gradient
+            is that of one scalar, so a loss that weighs the samples differently cannot use it.
     """
-    project = head.forward
+    project, replaced = head.forward, "forward" in vars(head)
+    fused = kernel if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and not replaced else None
     result = HeadResult()
 
-    def sums_of_chunk(hidden: Tensor, targets: Tensor) -> Tensor:
-        return cross_entropy_sums(project(hidden), targets)
+    def losses_of_chunk(hidden: Tensor, targets: Tensor) -> Tensor:
+        return token_losses(project(hidden), targets)
 
     def forward(hidden: Tensor) -> Tensor:
         if hidden.shape[:2] != targets.shape:
-            raise ValueError(f"the output head was called with {tuple(hidden.shape)}, targets are {targets.shape}")
-        chunks = zip(hidden.split(chunk_size, dim=1), targets.split(chunk_size, dim=1), strict=True)
-        sums = [checkpoint(sums_of_chunk, h, t, use_reentrant=False) for h, t in chunks]
-        result.sums = torch.stack(sums).sum(dim=0)
+            return project(hidden)  # the caller sees that there are no sums
+        flat, flat_targets = hidden.flatten(0, 1), targets.flatten()
+        if fused is not None:
+            result.sums = torch.stack([fused(head, flat, flat_targets)])  # FSDP wants no view
+            return result.sums
+        chunks = zip(flat.split(chunk_size), flat_targets.split(chunk_size), strict=True)
+        losses = [checkpoint(losses_of_chunk, h, t, use_reentrant=False) for h, t in chunks]
+        result.sums = torch.cat(losses).view(targets.shape).sum(dim=1)
         return result.sums
 
     head.forward = forward
     try:
         yield result
     finally:
-        del head.forward
+        if replaced:
+            head.forward = project
+        else:
+            del head.forward

@@ -2,7 +2,7 @@
 
 Every loss here is a function of two vectors over the samples of the micro-batch: the summed cross entropy of
 each sample and its number of target tokens. That keeps the reductions independent of how the cross entropy was
-computed, in one piece or in chunks.
+computed, in one piece or in chunks. ``docs/en/losses.md`` says what becomes of them over a global batch.
 """
 
 from __future__ import annotations
@@ -30,30 +30,43 @@ def shift_labels(labels: Tensor) -> Tensor:
     return targets.masked_fill(targets < 0, IGNORE)
 
 
-def cross_entropy_sums(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the cross entropy of each sample, summed over its target tokens.
-
-    ``sums[b] = - sum over s with targets[b, s] >= 0 of log softmax(logits[b, s])[targets[b, s]]``
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross entropy of each position, ``- log softmax(logits[..., :])[targets[...]]``.
 
     Args:
-        logits: (B, S, V), any floating dtype. Less than fp32 is raised to fp32 first.
-        targets: (B, S) from :func:`shift_labels`.
+        logits: (..., V), any floating dtype. Less than fp32 is raised to fp32 first.
+        targets: (...) integers, ``-100`` where there is no target.
 
     Returns:
-        (B,) in fp32 (fp64 for fp64 logits). A sample without targets gives 0 and stays in the graph, so that
+        (...) in fp32 (fp64 for fp64 logits). A position without a target gives 0 and stays in the graph, so that
         every rank runs the same backward pass.
     """
     if logits.dtype != torch.float64:
         logits = logits.float()
-    per_token = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
-    return per_token.view(targets.shape).sum(dim=1)
+    flat = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE, reduction="none")
+    return flat.view(targets.shape)
+
+
+def cross_entropy_sums(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross entropy of each sample, summed over its target tokens; 0 where it has none.
+
+    ``sums[b] = - sum over s with targets[b, s] >= 0 of log softmax(logits[b, s])[targets[b, s]]``
+
+    Args:
+        logits: (B, S, V), any floating dtype.
+        targets: (B, S) from :func:`shift_labels`.
+
+    Returns:
+        (B,) in fp32 (fp64 for fp64 logits).
+    """
+    return token_losses(logits, targets).sum(dim=1)
 
 
 def mean_token_loss(sums: Tensor, counts: Tensor) -> Tensor:
     """Mean over the target tokens of the micro-batch: ``sum_b sums[b] / sum_b counts[b]``; 0 without targets.
 
     Args:
-        sums: (B,) summed cross entropy of each sample.
+        sums: (B,) summed cross entropy of each sample, or (1,) of all of them.
         counts: (B,) number of target tokens of each sample.
     """
     return sums.sum() / counts.sum().clamp(min=1)
@@ -76,7 +89,7 @@ def token_sum_loss(sums: Tensor, counts: Tensor) -> Tensor:
     """Sum over the target tokens, ``sum_b sums[b]``; whoever knows the global token count divides by it.
 
     Args:
-        sums: (B,) summed cross entropy of each sample.
+        sums: (B,) summed cross entropy of each sample, or (1,) of all of them.
         counts: (B,), unused: all three reductions are called alike.
     """
     return sums.sum()

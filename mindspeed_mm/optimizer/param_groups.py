@@ -1,8 +1,9 @@
-"""Parameter groups: which parameters decay, and which learn at another rate."""
+"""Parameter groups: which parameters decay, which learn at another rate, and by which rule."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +20,30 @@ class ParameterGroup:
     lr_mult: float
     wd_mult: float
     sharded: bool
+    muon: bool = False
     names: list[str] = field(default_factory=list)
     parameters: list[nn.Parameter] = field(default_factory=list)
 
-    def to_optimizer_group(self) -> dict[str, Any]:
-        """Return the group in the form ``torch.optim`` takes."""
-        return {"params": self.parameters, "lr_mult": self.lr_mult, "wd_mult": self.wd_mult}
+    def to_optimizer_group(self, lr: float, weight_decay: float) -> dict[str, Any]:
+        """Return the group in the form ``torch.optim`` takes; the multipliers are for the schedule."""
+        return {
+            "params": self.parameters,
+            "lr": lr * self.lr_mult,
+            "weight_decay": weight_decay * self.wd_mult,
+            "lr_mult": self.lr_mult,
+            "wd_mult": self.wd_mult,
+        }
+
+    def describe(self, lr: float, weight_decay: float) -> dict[str, Any]:
+        """Return what the group is as plain values: its peak learning rate, its first weight decay and its size."""
+        return {
+            "lr": lr * self.lr_mult,
+            "weight_decay": weight_decay * self.wd_mult,
+            "muon": self.muon,
+            "tensors": len(self.parameters),
+            "parameters": sum(p.numel() for p in self.parameters),
+            "names": self.names,
+        }
 
 
 def build_param_groups(
@@ -34,6 +53,7 @@ def build_param_groups(
     lr_scale: Sequence[str] = (),
     lr_mult: float = 1.0,
     decay_all: bool = False,
+    muon_matrices: Collection[nn.Parameter] = (),
 ) -> list[ParameterGroup]:
     """Sort the trainable parameters into groups.
 
@@ -44,30 +64,31 @@ def build_param_groups(
     Args:
         named_parameters: names and parameters of the whole model; frozen ones are left out.
         weight_decay_exclude: keywords of parameters that do not decay.
-        lr_scale: keywords of parameters whose learning rate is the scheduled one times ``lr_mult``.
-        lr_mult: that factor.
+        lr_scale: ``keyword=scale`` or ``keyword``: parameters whose learning rate is the scheduled one times that
+            scale, or times ``lr_mult``. Where several match a parameter the last of them counts.
+        lr_mult: the scale of the keywords that name none.
         decay_all: let every parameter decay that no keyword excludes.
+        muon_matrices: the parameters that Muon updates.
 
     Raises:
-        UserError: a keyword matches no trainable parameter, or no parameter is trainable.
+        UserError: a keyword matches no trainable parameter, a scale is no number, or no parameter is trainable.
     """
     trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
     if not trainable:
         raise UserError("Every parameter of the model is frozen: unfreeze a part of it in model.json ('freeze').")
-    for flag, keywords in (("--weight-decay-exclude-modules", weight_decay_exclude), ("--lr-scale-modules", lr_scale)):
-        for keyword in keywords:
-            if not any(_matches(name, (keyword,)) for name, _ in trainable):
-                parts = {part for name, _ in trainable for part in name.split(".")}
-                raise UserError(
-                    f"{flag}: '{keyword}' is part of no trainable parameter's name.{did_you_mean(keyword, parts)}"
-                )
-    groups: dict[tuple[float, float, bool], ParameterGroup] = {}
+    scales = [_read_scale(word, lr_mult) for word in lr_scale]
+    _check_matches("--weight-decay-exclude-modules", weight_decay_exclude, trainable)
+    _check_matches("--lr-scale-modules", [keyword for keyword, _ in scales], trainable)
+    muon = {id(p) for p in muon_matrices}
+    groups: dict[tuple[float, float, bool, bool], ParameterGroup] = {}
     for name, parameter in trainable:
-        decays = (decay_all or parameter.ndim > 1) and not _matches(name, weight_decay_exclude)
+        decays = decay_all or not (parameter.ndim <= 1 or name.endswith("bias"))
+        excluded = any(_matches(name, keyword) for keyword in weight_decay_exclude)
         key = (
-            lr_mult if _matches(name, lr_scale) else 1.0,
-            1.0 if decays else 0.0,
+            next((scale for keyword, scale in reversed(scales) if _matches(name, keyword)), 1.0),
+            1.0 if decays and not excluded else 0.0,
             isinstance(parameter, DTensor),
+            id(parameter) in muon,
         )
         group = groups.setdefault(key, ParameterGroup(*key))
         group.names.append(name)
@@ -77,13 +98,38 @@ def build_param_groups(
 
 def param_group_table(groups: Sequence[ParameterGroup], lr: float, weight_decay: float) -> list[str]:
     """Return one line for each group: peak learning rate, weight decay, tensors and parameters."""
+    rows = [group.describe(lr, weight_decay) for group in groups]
     return [
-        f" parameter group {i}: lr {lr * g.lr_mult:.3E} | weight decay {weight_decay * g.wd_mult:g} | "
-        f"{len(g.parameters)} tensors | {sum(p.numel() for p in g.parameters):,} parameters"
-        for i, g in enumerate(groups)
+        f" parameter group {i}: lr {row['lr']:.3E} | weight decay {row['weight_decay']:g} | "
+        f"{row['tensors']} tensors | {row['parameters']:,} parameters{' | Muon' if row['muon'] else ''}"
+        for i, row in enumerate(rows)
     ]
 
 
-def _matches(name: str, keywords: Sequence[str]) -> bool:
-    lowered = name.lower()
-    return any(keyword.lower() in lowered for keyword in keywords)
+def _read_scale(word: str, default: float) -> tuple[str, float]:
+    keyword, separator, text = word.partition("=")
+    if not separator:
+        return keyword, default
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = math.nan
+    if not (keyword and 0 <= scale < math.inf):
+        raise UserError(
+            f"--lr-scale-modules: '{word}' is not keyword=scale; write a part of a parameter's name and a number that "
+            "is not negative, for example visual=0.1"
+        )
+    return keyword, scale
+
+
+def _check_matches(flag: str, keywords: Sequence[str], trainable: Sequence[tuple[str, nn.Parameter]]) -> None:
+    for keyword in keywords:
+        if not any(_matches(name, keyword) for name, _ in trainable):
+            parts = {part for name, _ in trainable for part in name.split(".")}
+            raise UserError(
+                f"{flag}: '{keyword}' is part of no trainable parameter's name.{did_you_mean(keyword, parts)}"
+            )
+
+
+def _matches(name: str, keyword: str) -> bool:
+    return keyword.lower() in name.lower()

@@ -37,6 +37,7 @@ class Schedule(OptimizerParamScheduler):
         Raises:
             UserError: it is not, and neither of the two flags says which one counts.
         """
+        self.num_steps = 0  # megatron-core adds the saved position to the present one
         try:
             super().load_state_dict(state_dict)
         except AssertionError as error:

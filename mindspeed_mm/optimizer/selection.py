@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch.optim import SGD, AdamW, Optimizer
 
+from mindspeed_mm import accelerator
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.optimizer.muon import MuonWithAdamW, local
 from mindspeed_mm.optimizer.param_groups import ParameterGroup
 
 
@@ -22,6 +24,7 @@ class EMAAdamW(AdamW):
     def __init__(self, params: Any, *, ema_decay: float, **kwargs: Any) -> None:
         super().__init__(params, **kwargs)
         self.ema_decay = ema_decay
+        self.skips_on_device = bool(self.defaults["fused"])  # as AdamW itself, where `self.found_inf` is 1
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
@@ -31,8 +34,12 @@ class EMAAdamW(AdamW):
             if "ema" not in self.state[parameter]:
                 self._start(parameter)
         loss = super().step(closure)
+        found_inf = getattr(self, "found_inf", None)
+        new = 1 - self.ema_decay
         for parameter in stepping:
-            self.state[parameter]["ema"].lerp_(parameter, 1 - self.ema_decay)
+            average, weight = local(self.state[parameter]["ema"]), local(parameter)
+            # A step that was skipped on the device is none for the average either.
+            average.lerp_(weight, new if found_inf is None else (new * (1 - found_inf)).to(average))
         return loss
 
     def _start(self, parameter: torch.nn.Parameter) -> None:
@@ -56,21 +63,35 @@ def build_optimizer(
     eps: float,
     momentum: float,
     ema_decay: float,
+    muon_momentum: float = 0.95,
+    ns_steps: int = 5,
+    matched_adamw_rms: float = 0.2,
 ) -> Optimizer:
     """Build the optimizer of ``--optimizer`` and ``--optimizer-selection``.
 
-    ``fused_torch_adamw`` and ``fused_adamw`` are both torch's fused AdamW (on a CPU its default loop is ten times
-    slower); ``fused_ema_adamw`` adds the moving average of the weights.
+    ``fused_torch_adamw`` and ``fused_adamw`` are both torch's AdamW, fused where the device has it (on a CPU its
+    default loop is ten times slower); ``fused_ema_adamw`` adds the moving average of the weights. ``muon`` updates
+    the groups that are marked for it by Muon and the others by AdamW.
 
     Raises:
         UserError: the optimizer is not available.
     """
-    torch_groups = [group.to_optimizer_group() for group in groups]
+    torch_groups = [group.to_optimizer_group(lr, weight_decay) for group in groups]
+    fused: dict[str, Any] = {"fused": True} if accelerator.has_fused_optimizers() else {"foreach": True}
     if name == "sgd":
-        return SGD(torch_groups, lr=lr, weight_decay=weight_decay, momentum=momentum)
+        return SGD(torch_groups, momentum=momentum, foreach=True)  # DTensor has no fused SGD
+    adam = {"betas": betas, "eps": eps, **fused}
+    if name == "muon":
+        return MuonWithAdamW(
+            [mine for group, mine in zip(groups, torch_groups, strict=True) if group.muon],
+            [theirs for group, theirs in zip(groups, torch_groups, strict=True) if not group.muon],
+            momentum=muon_momentum,
+            ns_steps=ns_steps,
+            rms=matched_adamw_rms,
+            **adam,
+        )
     if name != "adam":
-        raise UserError(f"--optimizer {name}: not available in this version. Use 'adam' or 'sgd'.")
-    adam = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps, "fused": True}
+        raise UserError(f"--optimizer {name}: not available in this version. Use 'adam', 'sgd' or 'muon'.")
     if selection == "fused_ema_adamw":
         return EMAAdamW(torch_groups, ema_decay=ema_decay, **adam)
     return AdamW(torch_groups, **adam)

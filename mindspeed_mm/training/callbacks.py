@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -11,7 +11,8 @@ from torch import nn
 from mindspeed_mm.data.iterators import CyclicIterator
 from mindspeed_mm.errors import UserError
 
-Iterators = tuple["Iterator[Any] | None", "Iterator[Any] | None", "Iterator[Any] | None"]
+Iterators = tuple["Iterator[Any] | None", dict[str, Iterator[Any]], dict[str, Iterator[Any]]]
+"""For training; for validation and test by the name of the data set, which is empty where there is only one."""
 
 
 def call_model_provider(provider: Callable[..., Any]) -> nn.Module:
@@ -30,7 +31,7 @@ def call_model_provider(provider: Callable[..., Any]) -> nn.Module:
 
 
 def call_dataset_provider(provider: Callable[..., Any], sample_counts: list[int]) -> Iterators:
-    """Return the train, validation and test iterators.
+    """Return the train, validation and test iterators; there may be several for validation and test, in a dict.
 
     The provider is called with the three sample counts if it takes an argument, with none if not. Loaders and
     other iterables become endless iterators; iterators are taken as they are.
@@ -48,8 +49,14 @@ def call_dataset_provider(provider: Callable[..., Any], sample_counts: list[int]
             f"train_valid_test_datasets_provider returned {found}: it must return the train, validation and test "
             "loaders, each of which may be None."
         )
-    train, valid, test = (_to_iterator(name, x) for name, x in zip(("train", "valid", "test"), loaders, strict=True))
-    return train, valid, test
+    train, valid, test = loaders
+    return _to_iterator("train", train), _to_iterators("valid", valid), _to_iterators("test", test)
+
+
+def _to_iterators(name: str, loaders: Any) -> dict[str, Iterator[Any]]:
+    named = loaders if isinstance(loaders, Mapping) else {"": loaders}
+    iterators = {key: _to_iterator(f"{name} '{key}'" if key else name, loader) for key, loader in named.items()}
+    return {key: iterator for key, iterator in iterators.items() if iterator is not None}
 
 
 def _to_iterator(name: str, loader: Any) -> Iterator[Any] | None:

@@ -12,12 +12,14 @@ from torch.optim import Optimizer
 
 from mindspeed_mm import accelerator
 from mindspeed_mm.checkpoint import store
+from mindspeed_mm.checkpoint.adapters import adapter_config, adapter_files, check_adapters, export_adapter
 from mindspeed_mm.checkpoint.background import HostCopy
 from mindspeed_mm.checkpoint.coordination import rank, run_together
 from mindspeed_mm.checkpoint.hf_export import export_hf
 from mindspeed_mm.checkpoint.hf_import import load_hf_weights
 from mindspeed_mm.checkpoint.publish import TRACKER, clean_up
 from mindspeed_mm.checkpoint.retention import Retention
+from mindspeed_mm.checkpoint.tensors import clean_name
 from mindspeed_mm.distributed.state import print_rank_0, warn_rank_0
 from mindspeed_mm.models.transformers_model import TransformersModel
 from mindspeed_mm.optimizer.schedule import Schedule
@@ -45,6 +47,20 @@ class Checkpointer:
             self.saver = Saver(args.save, beside=args.async_save, keep=keep)
         self._rank_state: dict[str, Any] | None = None
         self._consumed_samples = 0
+        self._has_adapters = adapter_config(hf_model(model)) is not None
+        # Weights that do not change and can be read again are not saved.
+        self._base = base_folder(args, model) if self._has_adapters else None
+        self._loaded: Path | None = None
+
+    @property
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint that this run has saved, or started from."""
+        return (self.saver.newest if self.saver else None) or self._loaded
+
+    @property
+    def resumes_itself(self) -> bool:
+        """Whether the run goes on from a checkpoint in its own ``--save``."""
+        return self.newest is not None and self.newest.parent.resolve() == Path(self.args.save or "").resolve()
 
     def load(self) -> tuple[int, int]:
         """Load the newest checkpoint under ``--auto-resume``, else what ``--load`` names, else initial weights.
@@ -60,8 +76,9 @@ class Checkpointer:
             run_together(f"cleaning {args.save}", lambda: clean_up(Path(args.save)) if rank() == 0 else None)
         resumes = args.auto_resume and args.save is not None and (Path(args.save) / TRACKER).is_file()
         folder = args.save if resumes else args.load
-        if folder is None:
+        if folder is None or self._has_adapters:
             self._load_initial_weights()
+        if folder is None:
             return 0, 0
         loaded = store.load(
             folder,
@@ -71,6 +88,7 @@ class Checkpointer:
             step=None if resumes else args.ckpt_step,
             finetune=args.finetune and not resumes,
             fallback=args.load_fallback,
+            check=lambda path: check_adapters(path, hf_model(self.model), self._base),
         )
         print_rank_0(f" loading checkpoint from {loaded.path} at iteration {loaded.iteration}")
         for warning in loaded.warnings:
@@ -81,6 +99,7 @@ class Checkpointer:
             self.schedule.load_state_dict(loaded.extra["schedule"])
         self._rank_state = loaded.rank_state
         self._consumed_samples = loaded.extra["consumed_train_samples"]
+        self._loaded = loaded.path
         if loaded.rank_state is None:
             warn_rank_0(
                 f"{loaded.path} was saved by another number of ranks: the sample order continues where it was, "
@@ -88,9 +107,46 @@ class Checkpointer:
             )
         return loaded.iteration, self._consumed_samples
 
+    def go_back(self, iterators: Mapping[str, Any]) -> tuple[int, int]:
+        """Put everything back to the newest checkpoint of this run. A collective.
+
+        Returns:
+            The iteration and the number of consumed training samples to continue from.
+        """
+        if self.saver:
+            self.saver.wait()
+        assert self.newest is not None
+        loaded = store.load(self.newest, model=self.model, optimizer=self.optimizer)
+        print_rank_0(f" going back to checkpoint {loaded.path} at iteration {loaded.iteration}")
+        self.schedule.load_state_dict(loaded.extra["schedule"])
+        self._rank_state, self._consumed_samples = loaded.rank_state, loaded.extra["consumed_train_samples"]
+        self.restore_iterators(iterators)
+        self.restore_rng()
+        return loaded.iteration, self._consumed_samples
+
+    def where_to_resume(self) -> str:
+        """Tell how to continue after the run has ended without saving its last state."""
+        if self.saver:
+            self.saver.wait()
+        if self.newest is None:
+            return "no checkpoint was saved before it: start over" + (
+                ", with a smaller --save-interval" if self.args.save else ", with --save and --save-interval"
+            )
+        iteration = int(self.newest.name.removeprefix("iter_"))
+        return f"resume from iteration {iteration}: --load {self.newest.parent}"
+
     def _load_initial_weights(self) -> None:
         source = getattr(self.model, "weights_source", None)
-        if source is not None:
+        base = self.args.load_base_model
+        if base is not None:
+            print_rank_0(f" loading the weights under the adapters from {base}")
+            if (Path(base) / "config.json").is_file():
+                warnings = load_hf_weights(hf_model(self.model), base, strict=self.args.load_strict)
+            else:
+                warnings = store.load_base(base, model=self.model, strict=self.args.load_strict)
+            for warning in warnings:
+                warn_rank_0(warning)
+        elif source is not None:
             print_rank_0(f" loading weights from {source}")
             load_hf_weights(self.model.model, source, strict=self.args.load_strict)
 
@@ -130,7 +186,7 @@ class Checkpointer:
         }
         if not args.no_save_rng:
             rank_state["rng"] = accelerator.rng_state()
-        extra: dict[str, Any] = {"consumed_train_samples": consumed_samples, "args": _plain(vars(args))}
+        extra: dict[str, Any] = {"consumed_train_samples": consumed_samples, "args": plain_values(vars(args))}
         if not args.no_save_optim:
             extra["schedule"] = self.schedule.state_dict()
 
@@ -141,15 +197,35 @@ class Checkpointer:
                 optimizer=None if args.no_save_optim else self.optimizer,
                 extra=extra,
                 rank_state=rank_state,
+                adapters_only=self._base is not None,
+                files=adapter_files(hf_model(self.model)) if self._has_adapters else None,
                 copy_to=copy_to,
             )
 
         self.saver.save(iteration, take, loss)
 
     def export_hf(self, folder: str) -> None:
-        """Write the trained model as a Hugging Face folder. A collective."""
-        export_hf(hf_model(self.model), folder, assets_from=getattr(self.model, "hf_path", None))
+        """Write the trained model as a Hugging Face folder. A collective.
+
+        Of a model with adapters it is a peft folder; averaged weights go to ``<folder>-ema``.
+        """
+        model, assets = hf_model(self.model), getattr(self.model, "hf_path", None)
+        if self._has_adapters:
+            export_adapter(model, folder)
+            print_rank_0(f" exported the adapters to {folder}")
+            return
+        export_hf(model, folder, assets_from=assets)
         print_rank_0(f" exported a Hugging Face folder to {folder}")
+        states = {name: self.optimizer.state.get(p, {}) for name, p in model.named_parameters()}
+        if averages := {clean_name(name): state["ema"] for name, state in states.items() if "ema" in state}:
+            folder = f"{folder.rstrip('/')}-ema"
+            export_hf(model, folder, assets_from=assets, instead=averages)
+            print_rank_0(f" exported the averaged weights to {folder}")
+
+
+def base_folder(args: Namespace, model: nn.Module) -> str | None:
+    """Return where the weights under the adapters of ``model`` can be read again, None if nowhere."""
+    return args.load_base_model or getattr(model, "pretrained_from", None)
 
 
 def hf_model(model: nn.Module) -> Any:
@@ -157,7 +233,7 @@ def hf_model(model: nn.Module) -> Any:
     return model.model if isinstance(model, TransformersModel) else model
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+def plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments that are plain values: what a checkpoint can hold without running code when read."""
     kinds = (str, int, float, bool, type(None))
     return {

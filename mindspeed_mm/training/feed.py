@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from mindspeed_mm.errors import UserError
+
+Check = Callable[[Any, Callable[[], list[str] | None]], None]
+"""``check(batch, samples)`` raises if the batch is not usable; ``samples()`` names its samples, None if nobody can."""
 
 
 class Feed:
@@ -20,11 +23,18 @@ class Feed:
     Args:
         source: the iterator behind it.
         name: what the iterator feeds, for the message when it ends too early.
+        check: called with every batch.
     """
 
-    def __init__(self, source: Iterator[Any], name: str) -> None:
+    def __init__(
+        self,
+        source: Iterator[Any],
+        name: str,
+        check: Check | None = None,
+    ) -> None:
         self._source = source
         self._name = name
+        self.check = check
         self._batches = 0
         self.wait_seconds = 0.0
         self.tokens = 0
@@ -33,6 +43,29 @@ class Feed:
         return self
 
     def __next__(self) -> Any:
+        batch = self._fetch()
+        if self.check:
+            place = self.place
+            self.check(batch, lambda: self.samples_at(place))
+        self.tokens += _count_tokens(batch)
+        return batch
+
+    @property
+    def place(self) -> Any:
+        """Where the batch that was taken last lies, for :meth:`samples_at`."""
+        return getattr(self._source, "place", None)
+
+    def samples_at(self, place: Any) -> list[str] | None:
+        """Name the samples of the batch at ``place``, where the source can."""
+        return self._source.samples_at(place) if hasattr(self._source, "samples_at") else None
+
+    def take_counts(self) -> tuple[float, int]:
+        """Return seconds waited and tokens seen since the last call."""
+        counts = (self.wait_seconds, self.tokens)
+        self.wait_seconds, self.tokens = 0.0, 0
+        return counts
+
+    def _fetch(self) -> Any:
         start = time.perf_counter()
         try:
             batch = next(self._source)
@@ -43,14 +76,16 @@ class Feed:
             ) from None
         self._batches += 1
         self.wait_seconds += time.perf_counter() - start
-        self.tokens += _count_tokens(batch)
         return batch
 
-    def take_counts(self) -> tuple[float, int]:
-        """Return seconds waited and tokens seen since the last call."""
-        counts = (self.wait_seconds, self.tokens)
-        self.wait_seconds, self.tokens = 0.0, 0
-        return counts
+
+def count_samples(batch: Any) -> int:
+    """Return the first dimension of a batch: of its ``input_ids`` or ``labels``, else of its first tensor; or 1."""
+    if isinstance(batch, Mapping):
+        values = [batch.get("input_ids"), batch.get("labels"), *batch.values()]
+    else:
+        values = list(batch) if isinstance(batch, (tuple, list)) else [batch]
+    return next((len(value) for value in values if isinstance(value, Tensor) and value.ndim), 1)
 
 
 def _count_tokens(batch: Any) -> int:

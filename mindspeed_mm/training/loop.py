@@ -14,8 +14,9 @@ from mindspeed_mm.engine.base import ForwardStep
 from mindspeed_mm.optimizer.schedule import Schedule
 from mindspeed_mm.training.evaluation import evaluate, print_losses
 from mindspeed_mm.training.exits import ExitWatch
-from mindspeed_mm.training.feed import Feed
+from mindspeed_mm.training.nonfinite import NonFinitePolicy, WatchedStep
 from mindspeed_mm.training.reporting import StepRecord, TrainingLog, merge_reports, report_memory
+from mindspeed_mm.training.step_feed import StepFeed
 
 
 @dataclass
@@ -30,9 +31,12 @@ class Progress:
 
     def advance(self, samples: int) -> None:
         """Count one finished step."""
-        self.iteration += 1
-        self.consumed_samples += samples
-        self.publish(self.iteration, self.consumed_samples)
+        self.go_to(self.iteration + 1, self.consumed_samples + samples)
+
+    def go_to(self, iteration: int, consumed_samples: int) -> None:
+        """Stand after ``iteration``."""
+        self.iteration, self.consumed_samples = iteration, consumed_samples
+        self.publish(iteration, consumed_samples)
 
     @property
     def validation_loss(self) -> float | None:
@@ -59,14 +63,19 @@ class Trainer:
     engine: Engine
     schedule: Schedule
     forward_step: ForwardStep
-    train_iterator: Iterator[Any]
-    valid_iterator: Iterator[Any] | None
+    feed: StepFeed
+    valid_iterators: dict[str, Iterator[Any]]
     num_microbatches: int
     global_batch_size: int
     cadence: Cadence
     progress: Progress
     log: TrainingLog
+    nonfinite: NonFinitePolicy
     save: Callable[[], None] | None
+    go_back: Callable[[], tuple[int, int]]
+    """Restores the newest checkpoint; returns its iteration and consumed samples."""
+    generate: Callable[[], None] | None
+    """Called after every validation."""
     observers: list[Callable[[], None]]
     """Called after every step: profilers."""
 
@@ -78,12 +87,14 @@ class Trainer:
         if self.cadence.gc_interval is not None:
             gc.disable()  # the collector's pauses fall on a different step on every rank, and all wait for each
             gc.collect()
-        feed = Feed(self.train_iterator, "training")
         reason, saved_at = None, self.progress.iteration
         self.engine.module.train()
         first_iteration = self.progress.iteration + 1
         while reason is None and self.progress.iteration < self.cadence.train_iters:
-            self._step(feed)
+            bad = self._step()
+            if bad is not None:
+                saved_at = self._roll_back(bad)
+                continue
             iteration = self.progress.iteration
             if iteration == first_iteration:
                 report_memory(1)
@@ -91,12 +102,14 @@ class Trainer:
                 observe()
             if self.cadence.gc_interval and iteration % self.cadence.gc_interval == 0:
                 gc.collect()
-            if self.valid_iterator and self.cadence.eval_iters and iteration % self.cadence.eval_interval == 0:
-                self.evaluate(self.valid_iterator, "validation", f"iteration {iteration}")
+            if self.valid_iterators and self.cadence.eval_iters and iteration % self.cadence.eval_interval == 0:
+                self.evaluate(self.valid_iterators, "validation", f"iteration {iteration}")
             if self.save and self.cadence.save_interval and iteration % self.cadence.save_interval == 0:
                 self._save()
                 saved_at = iteration
             reason = exits.reason(iteration)
+        if (bad := self.nonfinite.settle()) is not None:
+            saved_at = self._roll_back(bad)
         self.log.flush()
         if self.save and saved_at != self.progress.iteration:
             self._save()
@@ -104,45 +117,71 @@ class Trainer:
             print_rank_0(reason)
         return reason
 
-    def evaluate(self, iterator: Iterator[Any], name: str, where: str) -> dict[str, float]:
-        """Evaluate on ``eval_iters`` global batches, print and record the result."""
+    def evaluate(self, iterators: dict[str, Iterator[Any]], name: str, where: str) -> dict[str, float]:
+        """Evaluate on ``eval_iters`` global batches of each data set, print and record the result."""
         if self.cadence.gc_before_evaluation:
             gc.collect()
         losses = evaluate(
             self.engine,
             self.forward_step,
-            Feed(iterator, name),
+            iterators,
             steps=self.cadence.eval_iters,
             num_microbatches=self.num_microbatches,
+            name=name,
+            check=self.feed.check,
         )
         print_losses(where, losses)
         if name == "validation":
             self.progress.evaluated = (self.progress.iteration, next(iter(losses.values())))
         self.log.validation(self.progress.iteration, self.progress.consumed_samples, losses)
+        if self.generate and name == "validation":
+            self.generate()
         return losses
 
-    def _step(self, feed: Feed) -> None:
+    def _step(self) -> WatchedStep | None:
+        """Make a step; return the step that has to be rolled back, if one turns out to be bad."""
         start = time.perf_counter()
+        self.feed.start_step(self.progress.consumed_samples)
+        reports = self.engine.forward_backward(self.forward_step, self.feed, self.num_microbatches)
+        if (bad := self.nonfinite.settle()) is not None:  # the step before, long over on the device
+            return bad
         learning_rate = self.schedule.current_lr
-        reports = self.engine.forward_backward(self.forward_step, feed, self.num_microbatches)
         result = self.engine.optimizer_step()
-        if not result.update_skipped:
-            self.schedule.step(self.global_batch_size)
-        self.progress.advance(self.global_batch_size)
-        wait, tokens = feed.take_counts()
-        self.log.add(
-            StepRecord(
-                iteration=self.progress.iteration,
-                consumed_samples=self.progress.consumed_samples,
-                learning_rate=learning_rate,
-                values=merge_reports(reports),
-                grad_norm=result.grad_norm,
-                seconds=time.perf_counter() - start,
-                data_wait_seconds=wait,
-                tokens=tokens,
-                skipped=result.update_skipped,
-            )
+        self.schedule.step(self.global_batch_size)
+        self.progress.advance(self.global_batch_size + self.feed.passed_over)
+        wait, tokens = self.feed.take_counts()
+        record = StepRecord(
+            iteration=self.progress.iteration,
+            consumed_samples=self.progress.consumed_samples,
+            learning_rate=learning_rate,
+            values=merge_reports(reports),
+            grad_norm=result.grad_norm,
+            seconds=time.perf_counter() - start,
+            data_wait_seconds=wait,
+            tokens=tokens,
         )
+        self.log.add(record)
+        self.nonfinite.watch(record, self.feed.taken)
+        if self._is_looked_at(record.iteration):
+            bad = self.nonfinite.settle()
+            self.log.write()
+        return bad
+
+    def _is_looked_at(self, iteration: int) -> bool:
+        """Return whether the state after ``iteration`` is about to be logged, evaluated or saved."""
+        intervals = (self.log.log_interval, self.cadence.eval_interval, self.cadence.save_interval)
+        return iteration >= self.cadence.train_iters or any(n and iteration % n == 0 for n in intervals)
+
+    def _roll_back(self, bad: WatchedStep) -> int:
+        """Go back to the newest checkpoint, leaving the samples of the bad step out from now on."""
+        self.engine.optimizer.zero_grad(set_to_none=True)
+        self.feed.take_counts()
+        left_out = self.feed.left_out
+        for batch in bad.taken:
+            left_out.add(batch.first_sample, batch.end_sample)
+        self.progress.go_to(*self.go_back())
+        self.log.roll_back(bad.record, self.progress.iteration, left_out.ranges)
+        return self.progress.iteration
 
     def _save(self) -> None:
         self.log.flush()  # what metrics.jsonl says never lags behind what a checkpoint holds

@@ -6,6 +6,7 @@ Values stay on the device until a step that logs: the steps in between cost the 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor
 from mindspeed_mm import accelerator
 from mindspeed_mm.distributed.state import data_parallel_group, is_last_rank, print_line, print_rank_last
 from mindspeed_mm.training.patient_file import PatientFile
-from mindspeed_mm.training.sinks import Sink
+from mindspeed_mm.training.sinks import Shown, Sink
 
 
 @dataclass
@@ -35,7 +36,7 @@ class StepRecord:
     seconds: float
     data_wait_seconds: float
     tokens: int
-    skipped: bool
+    skipped: bool = False
 
 
 def merge_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -62,6 +63,11 @@ def read_quotients(pairs: Tensor) -> list[Any]:
     dist.all_reduce(pairs, group=data_parallel_group())
     numerator, denominator = pairs.unbind(-1)
     return torch.where(denominator == 0, numerator, numerator / denominator).tolist()
+
+
+def perplexity(loss: float) -> float:
+    """Return e to the power of a loss in nats per token, capped as Megatron's is."""
+    return math.nan if math.isnan(loss) else math.exp(min(20, loss))
 
 
 def _scalar(value: Any) -> Tensor:
@@ -144,9 +150,12 @@ class TrainingLog:
         self._progress = _start_progress(train_iters) if self._writes and sys.stdout.isatty() else None
 
     def add(self, record: StepRecord) -> None:
-        """Take a step; every ``log_interval`` iterations everything taken so far is read and written."""
+        """Take a step."""
         self._records.append(record)
-        if record.iteration % self.log_interval == 0:
+
+    def write(self) -> None:
+        """Print the line, and write everything taken so far, if the last step taken is one that logs."""
+        if self._records and self._records[-1].iteration % self.log_interval == 0:
             self.flush(print_line=True)
 
     def flush(self, print_line: bool = False) -> None:
@@ -174,13 +183,44 @@ class TrainingLog:
         if print_line:
             self._print(records, rows, keys)
 
-    def validation(self, iteration: int, consumed_samples: int, losses: Mapping[str, float]) -> None:
-        """Record validation losses."""
+    def roll_back(self, bad: StepRecord, iteration: int, samples: Sequence[tuple[int, int]]) -> None:
+        """Write everything down, then drop the rows after ``iteration``, where the run goes on. A collective.
+
+        What made it go back stays: a row ``{"iteration", "rolled_back", "left_out_samples"}`` holds the row of the
+        bad step, and all ranges of samples ``[first, end)`` that are left out from here on.
+        """
+        self.flush(print_line=True)
         if self._metrics:
-            row = {"iteration": iteration, **{f"validation {key}": value for key, value in losses.items()}}
+            path = Path(self._metrics.name)
+            self._metrics.close()
+            rows = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+            cause = [row for row in rows if row["iteration"] == bad.iteration and row.get("skipped")][-1]
+            self._metrics = _open_metrics(path, iteration, continues=True)
+            row = {"iteration": iteration, "rolled_back": cause, "left_out_samples": list(samples)}
             self._metrics.write(json.dumps(row) + "\n")
             self._metrics.flush()
-        self._sink({f"{key} validation": value for key, value in losses.items()}, iteration, consumed_samples)
+
+    def validation(self, iteration: int, consumed_samples: int, losses: Mapping[str, float]) -> None:
+        """Record validation losses, and the perplexity of those that are called ``loss``."""
+        ppl = {key: perplexity(value) for key, value in losses.items() if key.partition("/")[0] == "loss"}
+        if self._metrics:
+            row = {f"validation {key}": value for key, value in losses.items()}
+            row |= {f"validation {key} PPL": value for key, value in ppl.items()}
+            self._metrics.write(json.dumps({"iteration": iteration, **row}) + "\n")
+            self._metrics.flush()
+        curves = {f"{key} validation": value for key, value in losses.items()}
+        curves |= {f"{key} validation ppl": value for key, value in ppl.items()}
+        self._sink(curves, iteration, consumed_samples)
+
+    def generations(self, iteration: int, consumed_samples: int, accuracy: float, shown: Sequence[Shown]) -> None:
+        """Record what the model wrote for some samples, with their pictures, and how many answers were right."""
+        if self._metrics:
+            row = {"iteration": iteration, "validation exact match": accuracy}
+            self._metrics.write(json.dumps(row) + "\n")
+            self._metrics.flush()
+        self._sink({"exact match validation": accuracy}, iteration, consumed_samples)
+        for sink in self.sinks:
+            sink.show(shown, iteration)
 
     def close(self) -> None:
         """Write what is left and close the files. A collective."""
@@ -209,6 +249,7 @@ class TrainingLog:
             "tokens_per_second": tokens / record.seconds,
             "memory_bytes": accelerator.memory_stats()["max_allocated"],
             "skipped": record.skipped,
+            "nan": not all(math.isfinite(value) for key, value in numbers.items() if key != "grad_norm"),
         }
 
     def _print(self, records: list[StepRecord], rows: list[dict[str, Any]], keys: list[str]) -> None:
@@ -228,7 +269,7 @@ class TrainingLog:
             values={key: sum(row[key] for row in kept) / len(kept) for key in keys},
             grad_norm=rows[-1]["grad_norm"],
             skipped=sum(r.skipped for r in records),
-            nan=sum(any(row[key] != row[key] for key in keys) for row in rows),
+            nan=sum(row["nan"] for row in rows),
             tflops=tflops,
         )
         if self._progress:
@@ -273,9 +314,9 @@ def report_memory(iteration: int) -> None:
     )
 
 
-def _open_metrics(path: Path, start_iteration: int) -> Any:
+def _open_metrics(path: Path, start_iteration: int, continues: bool = False) -> Any:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and start_iteration == 0:
+    if path.exists() and start_iteration == 0 and not continues:
         path.rename(path.with_name(f"metrics-until-{datetime.now():%Y%m%d-%H%M%S-%f}.jsonl"))  # another run's
     elif path.exists():
         complete = [text for text in path.read_text(encoding="utf-8").splitlines(keepends=True) if text.endswith("\n")]

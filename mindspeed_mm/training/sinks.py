@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy
 
 from mindspeed_mm.distributed.state import is_last_rank
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.extras import import_extra
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A sample that is shown as text, with its pictures.
+
+    Attributes:
+        name: the same at every step, so that it can be followed through training.
+        text: Markdown.
+        pictures: PIL images.
+    """
+
+    name: str
+    text: str
+    pictures: list[Any]
 
 
 class Sink(Protocol):
@@ -17,6 +35,9 @@ class Sink(Protocol):
 
     def write(self, values: Mapping[str, float], iteration: int, samples: int) -> None:
         """Show ``values`` at ``iteration``, by which ``samples`` samples had been consumed."""
+
+    def show(self, samples: Sequence[Shown], iteration: int) -> None:
+        """Show samples as they are at ``iteration``."""
 
     def close(self) -> None:
         """Write out what is left."""
@@ -52,6 +73,14 @@ class TensorBoardSink:
             self._writer.add_scalar(key, value, iteration)
             self._writer.add_scalar(f"{key} vs samples", value, samples)
 
+    def show(self, samples: Sequence[Shown], iteration: int) -> None:
+        """Add each sample's text and its pictures."""
+        for sample in samples:
+            self._writer.add_text(sample.name, sample.text, iteration)
+            for i, picture in enumerate(sample.pictures):
+                pixels = numpy.asarray(picture.convert("RGB"))
+                self._writer.add_image(f"{sample.name}/picture {i}", pixels, iteration, dataformats="HWC")
+
     def close(self) -> None:
         """Write out what is left."""
         self._writer.close()
@@ -68,7 +97,7 @@ class WandbSink:
     """
 
     def __init__(self, project: str, name: str | None, folder: str | None, config: Mapping[str, Any]) -> None:
-        wandb = import_extra("wandb", "wandb", "--wandb-project")
+        self._wandb = wandb = import_extra("wandb", "wandb", "--wandb-project")
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)  # wandb would fall back to a temporary folder
         try:
@@ -84,6 +113,12 @@ class WandbSink:
     def write(self, values: Mapping[str, float], iteration: int, samples: int) -> None:
         """Add a row; ``iteration`` is the x axis and ``samples`` may be chosen instead."""
         self._run.log({**values, "iteration": iteration, "samples": samples})
+
+    def show(self, samples: Sequence[Shown], iteration: int) -> None:
+        """Add each sample's pictures with the text below; without a picture, the text."""
+        for sample in samples:
+            pictures = [self._wandb.Image(picture, caption=sample.text) for picture in sample.pictures]
+            self._run.log({sample.name: pictures or self._wandb.Html(sample.text), "iteration": iteration})
 
     def close(self) -> None:
         """Upload what is left and mark the run as finished."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mindspeed_mm import accelerator
-from mindspeed_mm.accelerator import backend, hardware, profiling
+from mindspeed_mm.accelerator import backend, hardware, kernels, profiling
 from mindspeed_mm.errors import UserError
 
 
@@ -21,7 +21,7 @@ def on(monkeypatch: pytest.MonkeyPatch):
     """Pretend to run on another device type."""
 
     def pretend(kind: str) -> None:
-        for module in (backend, hardware, profiling):
+        for module in (backend, hardware, kernels, profiling):
             monkeypatch.setattr(module, "device_type", lambda: kind)
 
     return pretend
@@ -111,3 +111,47 @@ def test_megatron_core_imports_without_dynamo_and_compile_is_put_back() -> None:
     )
     result = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("accumulates", [True, False])
+def test_ligers_kernel_is_used_on_cuda_where_it_is_installed(
+    on, monkeypatch: pytest.MonkeyPatch, accumulates: bool
+) -> None:
+    seen: dict[str, object] = {}
+
+    class Loss:  # with the public signature of Liger's, old and new
+        if accumulates:
+
+            def __init__(self, ignore_index: int, reduction: str, accum_dtype: object = None) -> None:
+                seen.update(ignore_index=ignore_index, reduction=reduction, accum_dtype=accum_dtype)
+        else:
+
+            def __init__(self, ignore_index: int, reduction: str) -> None:
+                seen.update(ignore_index=ignore_index, reduction=reduction)
+
+        def __call__(self, lin_weight, _input, target, bias=None):
+            logits = torch.nn.functional.linear(_input, lin_weight, bias)
+            return torch.nn.functional.cross_entropy(
+                logits, target, **{k: seen[k] for k in ("ignore_index", "reduction")}
+            )
+
+    def chosen(kind: str):
+        kernels.fused_linear_cross_entropy.cache_clear()
+        on(kind)
+        return accelerator.fused_linear_cross_entropy()
+
+    try:
+        monkeypatch.setitem(sys.modules, "liger_kernel", None)
+        assert chosen("cuda") is None, "not installed"
+        stand_in = SimpleNamespace(LigerFusedLinearCrossEntropyLoss=Loss)
+        monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace(transformers=stand_in))
+        monkeypatch.setitem(sys.modules, "liger_kernel.transformers", stand_in)
+        assert chosen("cpu") is None and chosen("npu") is None
+        kernel = chosen("cuda")
+    finally:
+        kernels.fused_linear_cross_entropy.cache_clear()
+    head, hidden, targets = torch.nn.Linear(4, 7), torch.randn(5, 4), torch.tensor([0, -100, 6, 2, -100])
+    expected = torch.nn.functional.cross_entropy(head(hidden), targets, reduction="sum")
+    torch.testing.assert_close(kernel(head, hidden, targets), expected)
+    assert (seen["ignore_index"], seen["reduction"]) == (-100, "sum")
+    assert seen.get("accum_dtype") == (torch.float32 if accumulates else None)

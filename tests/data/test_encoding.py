@@ -177,6 +177,21 @@ def test_a_long_sample_loses_its_end_but_never_part_of_an_image(encoder, picture
         encoder("qwen3_vl", seq_length=last_image + 3).encode(conversation(), pictures, "d.jsonl:7")
 
 
+def test_a_row_without_a_target_is_refused(encoder, monkeypatch):
+    """However it comes about: it could never train anything."""
+    encode = encoder("qwen3_vl")
+    tokenize = encode._tokenize
+
+    def unlabelled(*args):
+        sample, image_tokens = tokenize(*args)
+        sample["labels"][1:] = IGNORE_INDEX  # the first token is nobody's target
+        return sample, image_tokens
+
+    monkeypatch.setattr(encode, "_tokenize", unlabelled)
+    with pytest.raises(UserError, match=r"^row 3: no token of the row has a label, .*; remove it$"):
+        encode.encode(conversation(images=False), [], "row 3")
+
+
 def test_patch_count_equal_to_the_length_does_not_confuse_the_cut(encoder, tmp_path):
     """pixel_values with as many rows as the sample has tokens is still not per token."""
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")

@@ -77,12 +77,12 @@ def test_resume_continues_exactly_at_every_position_of_two_epochs(make: Callable
         states.append((straight.state_dict(), accelerator.rng_state()))
         expected.append(next(straight))
     for position, (state, rng) in enumerate(states):
-        torch.manual_seed(999)
-        resumed = CyclicIterator(make())
-        resumed.load_state_dict(state)
-        accelerator.set_rng_state(rng)
-        rest = [next(resumed) for _ in range(12 - position)]
-        assert as_lists(rest) == as_lists(expected[position:]), f"after {position} batches"
+        for resumed in (CyclicIterator(make()), straight):  # in a new run, and going back in the same one
+            torch.manual_seed(999)
+            resumed.load_state_dict(state)
+            accelerator.set_rng_state(rng)
+            rest = [next(resumed) for _ in range(12 - position)]
+            assert as_lists(rest) == as_lists(expected[position:]), f"after {position} batches"
 
 
 def test_two_epochs_differ_and_each_is_complete() -> None:
@@ -115,10 +115,10 @@ def test_resume_with_worker_processes(persistent: bool) -> None:
     taken = [next(straight) for _ in range(3)]
     state, rng = straight.state_dict(), accelerator.rng_state()
     expected = [next(straight).tolist() for _ in range(9)]
-    resumed = make()
-    resumed.load_state_dict(state)
-    accelerator.set_rng_state(rng)
-    assert [next(resumed).tolist() for _ in range(9)] == expected
+    for resumed in (make(), straight):
+        resumed.load_state_dict(state)
+        accelerator.set_rng_state(rng)
+        assert [next(resumed).tolist() for _ in range(9)] == expected
     assert len(taken) == 3
 
 

@@ -39,10 +39,12 @@ class Case:
     clip: float = 0.0
     dtype: torch.dtype = torch.float32
     fused: bool = True
+    adapters: tuple[str, ...] = ()
+    expert_adapters: tuple[str, ...] = ()
     accumulation: int = 1  # of two, sums of gradients associate differently on two ranks: not bitwise
 
 
-def build(case: Case) -> nn.Module:
+def build(case: Case, plain: bool = True) -> nn.Module:
     if case.name.startswith("uneven"):
         config = tiny_config(case.family, case.tie)
         config.text_config.intermediate_size, config.text_config.vocab_size = 51, 317
@@ -56,7 +58,24 @@ def build(case: Case) -> nn.Module:
     for name, parameter in model.named_parameters():
         if case.freeze and case.freeze in name:
             parameter.requires_grad_(False)
+    if case.adapters:
+        put_adapters(case, model, plain)
     return model.to(case.dtype).train()
+
+
+def put_adapters(case: Case, model: nn.Module, plain: bool) -> None:
+    """By peft alone or by ours; the first values are the same, and B is not zero, so that A learns at once."""
+    if plain:
+        peft = pytest.importorskip("peft")
+        more = {"target_parameters": list(case.expert_adapters)} if case.expert_adapters else {}
+        peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=6, target_modules=list(case.adapters), **more))
+    else:
+        from mindspeed_mm.models.lora import LoraSettings, add_adapters
+
+        add_adapters(model, LoraSettings(case.adapters, case.expert_adapters, r=4, alpha=6))
+    generator = torch.Generator().manual_seed(0)
+    for _, parameter in sorted((n, p) for n, p in model.named_parameters() if p.requires_grad):
+        parameter.data.normal_(std=0.1, generator=generator)
 
 
 def micro_batch(case: Case, step: int, index: int, rank: int) -> dict[str, Tensor]:
@@ -105,7 +124,7 @@ def sharded(case: Case, folder: str) -> dict[str, Any]:
     state.initialize(None, state.RankInfo.from_environment(), backend="gloo", timeout=None)
     path = Path(folder) / f"rank{rank}.yaml"
     path.write_text(json.dumps({"sharding_size": case.sharding_size, **case.config}))
-    model = build(case)
+    model = build(case, plain=False)
     plan = prepare_model(model, state.data_parallel_group(), str(path))
     optimizer = build_optimizer(
         build_param_groups(model.named_parameters()),
@@ -172,6 +191,8 @@ LAYOUTS = [
     # The fused kernel rounds the last elements of a tensor differently, and uneven shards end elsewhere.
     Case("uneven dimensions", fused=False),
     Case("uneven and tied", tie=True, fused=False),
+    Case("frozen tower, sharded", freeze="visual", config={"replicate_frozen_mib": 0}),
+    Case("offloaded", config={"offload_to_cpu": True}),
     Case("projector outside FSDP", config={"ignored_modules": ["model.visual.merger"]}),
     Case(
         "recomputed and prefetched",
@@ -184,7 +205,16 @@ LAYOUTS = [
     ),
     Case("InternVL", family="internvl"),
     Case("mixture of experts", family="qwen3_vl_moe"),
+    Case("adapters", adapters=("q_proj", "v_proj", "qkv", "down_proj")),
+    Case(
+        "adapters of recomputed experts",
+        family="qwen3_vl_moe",
+        adapters=("q_proj",),
+        expert_adapters=("experts.gate_up_proj", "experts.down_proj"),
+        config={"recompute_modules": ["model.language_model.layers.{*}"]},
+    ),
 ]
+ADAPTERS = LAYOUTS[-2]
 
 
 @pytest.mark.parametrize("case", LAYOUTS, ids=lambda case: case.name)
@@ -201,7 +231,7 @@ def with_clipping(case: Case, dtype: torch.dtype) -> Case:
     return Case(**{**vars(case), "clip": 0.05, "dtype": dtype, "accumulation": 2})
 
 
-@pytest.mark.parametrize("case", LAYOUTS[:6], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*LAYOUTS[:6], ADAPTERS], ids=lambda case: case.name)
 def test_with_clipping_to_1e_6(case: Case, ranks2: RankPool, tmp_path: Path) -> None:
     case = with_clipping(case, torch.float32)
     expected = reference(case)
@@ -212,7 +242,7 @@ def test_with_clipping_to_1e_6(case: Case, ranks2: RankPool, tmp_path: Path) -> 
         assert distance(result["parameters"], expected["parameters"]) <= 1e-6
 
 
-@pytest.mark.parametrize("case", LAYOUTS[:6], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*LAYOUTS[:6], ADAPTERS], ids=lambda case: case.name)
 def test_in_float64_every_tensor_to_1e_10(case: Case, ranks2: RankPool, tmp_path: Path) -> None:
     case = with_clipping(case, torch.float64)
     expected = reference(case)

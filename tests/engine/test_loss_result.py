@@ -12,7 +12,7 @@ LOSS = torch.tensor(2.0, requires_grad=True)
 
 
 def test_a_plain_loss_is_reported_as_loss() -> None:
-    result = read_loss(LOSS)
+    result = read_loss(LOSS, per_token_loss=False)
     assert result.loss is LOSS or result.loss.item() == 2.0
     assert result.report["loss"].item() == 2.0
     assert not result.report["loss"].requires_grad
@@ -20,16 +20,23 @@ def test_a_plain_loss_is_reported_as_loss() -> None:
 
 
 def test_a_pair_and_a_loss_of_shape_one() -> None:
-    result = read_loss((LOSS.unsqueeze(0), {"loss": 1.0}))
+    result = read_loss((LOSS.unsqueeze(0), {"loss": 1.0}), per_token_loss=False)
     assert result.loss.shape == ()
     assert result.report == {"loss": 1.0}
 
 
 def test_a_triple() -> None:
-    result = read_loss((LOSS, torch.tensor([7]), {}))
+    result = read_loss((LOSS, torch.tensor([7]), {}), per_token_loss=True)
     assert result.num_tokens.item() == 7
     numerator, denominator = result.report["loss"]
     assert (numerator.item(), denominator.item()) == (2.0, 7)
+
+
+@pytest.mark.parametrize(("tokens", "mean"), [(8, 0.25), (0, 2.0), (0.5, 4.0)])
+def test_a_triple_without_the_flag_is_logged_as_the_mean_that_is_optimised(tokens: float, mean: float) -> None:
+    result = read_loss((LOSS, tokens, {}), per_token_loss=False)
+    assert result.report["loss"].item() == result.mean.item() == mean
+    assert not result.report["loss"].requires_grad and result.mean.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -44,5 +51,5 @@ def test_a_triple() -> None:
 )
 def test_anything_else_is_an_error_that_names_the_forms(value: object, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
-        read_loss(value)
+        read_loss(value, per_token_loss=False)
     assert "(loss_sum, num_tokens, report)" in str(error.value)

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -78,36 +77,16 @@ def test_quickstart_passes_only_flags_that_count(tmp_path: Path) -> None:
     assert without_effect <= {"untie_embeddings_and_output_weights", "gradient_accumulation_fusion"}
 
 
-def write_tiny_model(family: str, folder: Path) -> None:
-    """Write a Hugging Face folder that is complete: config, random weights, tokenizer and image processor."""
-    import torch
-    import transformers
-
-    from tests.data.tiny import save_tiny_processor
-    from tests.models.tiny import tiny_config
-
-    tokenizer = save_tiny_processor(family, folder).tokenizer
-    config: Any = tiny_config(family)
-    if family == "internvl":
-        config.image_token_id = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
-    else:
-        config.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-        config.video_token_id = tokenizer.convert_tokens_to_ids("<|video_pad|>")
-        config.vision_start_token_id = tokenizer.convert_tokens_to_ids("<|vision_start|>")
-        config.vision_end_token_id = tokenizer.convert_tokens_to_ids("<|vision_end|>")
-    torch.manual_seed(0)
-    getattr(transformers, config.architectures[0])._from_config(config).save_pretrained(folder)
-
-
 @pytest.mark.ranks
 @pytest.mark.parametrize("folder", FAMILIES)
 def test_tiny_variant_trains_through_the_published_script(folder: str, tmp_path: Path) -> None:
     from tests.data.tiny import save_digits
     from tests.ranks import free_port
+    from tests.training.job import save_tiny_hf_folder
 
     for file in (ROOT / folder / "tiny").iterdir():
         (tmp_path / file.name).write_text(file.read_text())
-    write_tiny_model(FAMILIES[folder], tmp_path / "hf")
+    save_tiny_hf_folder(FAMILIES[folder], tmp_path / "hf")
     rows = save_digits(tmp_path / "pictures")
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     environment = {

@@ -29,6 +29,44 @@ def labels() -> Tensor:
     return labels
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("chunk_size", [None, 4, 5, 100])
+def test_losses_and_gradients_equal_a_naive_loop_in_fp64(labels: Tensor, chunk_size: int | None, bias: bool) -> None:
+    """The loop is written with nothing but exp and log, so that not even torch's cross entropy is shared."""
+    torch.manual_seed(0)
+    head = nn.Linear(H, V, bias=bias, dtype=torch.float64)
+    hidden = torch.randn(B, S, H, dtype=torch.float64, requires_grad=True)
+    leaves = [hidden, *head.parameters()]
+
+    samples = []
+    for b in range(B):
+        row = []
+        for s in range(S - 1):
+            if (label := int(labels[b, s + 1])) >= 0:
+                scores = [(head.weight[v] * hidden[b, s]).sum() + (head.bias[v] if bias else 0) for v in range(V)]
+                row.append(-(scores[label].exp() / sum(score.exp() for score in scores)).log())
+        samples.append(row)
+    count = sum(len(row) for row in samples)
+    expected = {
+        "default": sum(sum(row) for row in samples) / count,
+        "per_sample_loss": sum(sum(row) / len(row) for row in samples if row) / B,
+        "per_token_loss": sum(sum(row) for row in samples),
+    }
+    targets = shift_labels(labels)
+    counts = (targets >= 0).sum(dim=1)
+    for name, by_hand in expected.items():
+        if chunk_size is None:
+            sums = cross_entropy_sums(head(hidden), targets)
+        else:
+            with head_returns_loss_sums(head, targets, chunk_size):
+                sums = head(hidden)
+        loss = REDUCTIONS[name](sums, counts)
+        torch.testing.assert_close(loss, by_hand, rtol=1e-13, atol=0)
+        found = torch.autograd.grad(loss, leaves)
+        for a, b in zip(found, torch.autograd.grad(by_hand, leaves, retain_graph=True), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+
+
 def logits(dtype: torch.dtype = torch.float32) -> Tensor:
     values = torch.randn(B, S, V, generator=torch.Generator().manual_seed(1))
     return values.to(dtype).requires_grad_()
@@ -120,3 +158,43 @@ def test_chunks_never_hold_all_logits() -> None:
     with hooks, head_returns_loss_sums(head, shift_labels(torch.ones(B, S, dtype=torch.long)), 2):
         head(hidden)
     assert kept and all(V not in shape for shape in kept)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_chunks_of_a_bf16_head_are_the_whole_bit_for_bit(labels: Tensor, bias: bool) -> None:
+    torch.manual_seed(0)
+    head, hidden = nn.Linear(H, V, bias=bias).bfloat16(), torch.randn(B, S, H).bfloat16().requires_grad_()
+    targets = shift_labels(labels)
+    whole = cross_entropy_sums(head(hidden), targets)
+    with head_returns_loss_sums(head, targets, 4):
+        chunked = head(hidden)
+    assert chunked.dtype == torch.float32
+    assert torch.equal(chunked, whole)
+    (expected,) = torch.autograd.grad(whole.sum(), hidden)
+    (found,) = torch.autograd.grad(chunked.sum(), hidden)
+    assert torch.equal(found, expected)
+
+
+def test_a_forward_that_somebody_else_replaced_is_kept(labels: Tensor) -> None:
+    head, hidden = nn.Linear(H, V), torch.randn(B, S, H)
+    plain, head.forward = head.forward, lambda x: plain(2 * x)
+    with head_returns_loss_sums(head, shift_labels(labels), 4, kernel=lambda *_: pytest.fail("knows only the weights")):
+        found = head(hidden)
+    assert torch.equal(head(hidden), plain(2 * hidden))
+    torch.testing.assert_close(found, cross_entropy_sums(plain(2 * hidden), shift_labels(labels)))
+
+
+def test_a_kernel_gives_one_sum_for_all_samples(labels: Tensor) -> None:
+    head, hidden, targets = nn.Linear(H, V), torch.randn(B, S, H), shift_labels(labels)
+
+    def kernel(head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
+        assert (hidden.shape, targets.shape) == ((B * S, H), (B * S,))
+        return F.cross_entropy(F.linear(hidden, head.weight, head.bias), targets, reduction="sum")
+
+    counts = (targets >= 0).sum(dim=1)
+    with head_returns_loss_sums(head, targets, 4, kernel):
+        found = head(hidden)
+    whole = cross_entropy_sums(head(hidden), targets)
+    assert found.shape == (1,)
+    for name in ("default", "per_token_loss"):
+        torch.testing.assert_close(REDUCTIONS[name](found, counts), REDUCTIONS[name](whole, counts))

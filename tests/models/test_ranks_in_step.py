@@ -15,7 +15,6 @@ from torch.distributed.tensor import DTensor
 
 from mindspeed_mm.distributed.fsdp2 import prepare_model
 from mindspeed_mm.distributed.reduction import sum_gradients
-from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.common.modelzoo import ModelHub
 from mindspeed_mm.models.transformers.base_model import FSDP2Mixin, WeightInitMixin
 from mindspeed_mm.models.transformers_model import TransformersModel
@@ -117,16 +116,3 @@ def test_documented_adapter_is_sharded_by_the_yaml(ranks2: RankPool, tmp_path: P
         assert dict(rows) == {"model.language_model.layers.{0-1}": 2, "lm_head": 1}
         for name, gradient in found.items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-6, atol=1e-9, msg=name)
-
-
-def images_and_videos(config: dict[str, Any]) -> str:
-    model = sharded(config)
-    both = batch("qwen3_vl", 0, 0) | {"pixel_values_videos": torch.zeros(1)}
-    with pytest.raises(UserError) as caught:
-        model(**both)
-    return str(caught.value)
-
-
-def test_images_and_videos_in_one_batch_are_refused(ranks2: RankPool, tmp_path: Path) -> None:
-    config = {"init_from_hf_path": str(save_tiny("qwen3_vl", tmp_path))}
-    assert all("different micro-batches" in message for message in ranks2.run(images_and_videos, config))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,9 @@ import transformers
 
 from mindspeed_mm.configs.model import ModelConfig
 from mindspeed_mm.distributed.meta import meta_init
+from mindspeed_mm.distributed.recompute import recompute
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.losses import chunked
 from mindspeed_mm.models.transformers_model import TransformersModel
 from tests.models.tiny import FAMILIES, save_tiny, tiny_batch, tiny_config, tiny_model
 
@@ -73,25 +76,127 @@ def test_per_token_loss_is_a_sum_and_a_count(folders: dict[str, Path]) -> None:
     torch.testing.assert_close(total["loss"] / total["token_nums"], mean["loss"])
 
 
-def test_chunked_loss_refuses_a_model_that_changes_its_logits(tmp_path: Path) -> None:
+@pytest.fixture
+def granite(tmp_path: Path) -> Path:
+    """A model that divides its logits after the head."""
     sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=320)
     transformers.GraniteConfig(**sizes, num_key_value_heads=2, logits_scaling=4.0).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_chunked_loss_refuses_a_model_that_changes_its_logits(granite: Path) -> None:
     batch = tiny_batch("qwen3", [0])
-    assert build(tmp_path, random_init=True)(**batch)["loss"].isfinite()
+    assert build(granite, random_init=True, loss_cfg={"compute_mode": "default"})(**batch)["loss"].isfinite()
     with pytest.raises(UserError, match=r"compute_mode.*GraniteForCausalLM changes it"):
-        build(tmp_path, random_init=True, loss_cfg={"compute_mode": "chunk"})(**batch)
+        build(granite, random_init=True, loss_cfg={"compute_mode": "chunk"})
 
 
+def test_chunks_are_refused_when_the_output_is_cast_after_the_head(folders: dict[str, Path]) -> None:
+    model = build(folders["qwen3"], loss_cfg={"compute_mode": "chunk"})
+    model.model.register_forward_hook(lambda _, args, out: type(out)(logits=out.logits.bfloat16()))
+    with pytest.raises(UserError, match="output_dtype of the fsdp2 yaml changes it"):
+        model(**tiny_batch("qwen3", [0]))
+
+
+def vocabularies_held(model: TransformersModel, batch: dict[str, Any]) -> bool:
+    """Whether the logits of the whole micro-batch were kept for the backward pass."""
+    kept: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        model(**batch)["loss"].backward()
+    return any(320 in shape and 28 in shape for shape in kept)
+
+
+@pytest.mark.parametrize("meta", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_can_be_chunked(folders: dict[str, Path], family: str, meta: bool) -> None:
+    with meta_init() if meta else nullcontext():
+        build(folders[family], loss_cfg={"compute_mode": "chunk"})
+
+
+def test_auto_chunks_large_logits_and_says_so(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batch = tiny_batch("qwen3", [0, 0])  # 28 tokens, 320 words
+    model, whole = build(folders["qwen3"]), build(folders["qwen3"], loss_cfg={"compute_mode": "default"})
+    monkeypatch.setattr(chunked, "LARGE_LOGITS", 28 * 320 * 4)
+    assert vocabularies_held(model, batch)
+    assert "loss:" not in capsys.readouterr().out
+    monkeypatch.setattr(chunked, "LARGE_LOGITS", 28 * 320 * 4 - 1)
+    assert not vocabularies_held(model, batch)
+    assert vocabularies_held(whole, batch), "what is asked for is done"
+    torch.testing.assert_close(model(**batch)["loss"], whole(**batch)["loss"])
+    out = capsys.readouterr().out
+    assert "28 tokens x 320 words, would take 0.0 GiB in fp32. They are computed 1024 tokens at a time." in out
+    assert out.count("loss:") == 1
+
+
+def test_auto_holds_logits_that_the_model_changes(
+    granite: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batch = tiny_batch("qwen3", [0])
+    torch.manual_seed(0)
+    auto = build(granite, random_init=True)
+    torch.manual_seed(0)
+    whole = build(granite, random_init=True, loss_cfg={"compute_mode": "default"})
+    monkeypatch.setattr(chunked, "LARGE_LOGITS", 0)
+    for _ in range(2):
+        assert torch.equal(auto(**batch)["loss"], whole(**batch)["loss"])
+    assert capsys.readouterr().out.count("They are held whole: GraniteForCausalLM changes it.") == 1
+
+
+@pytest.mark.parametrize(("loss_type", "fused"), [("default", 1), ("per_token_loss", 1), ("per_sample_loss", 0)])
+def test_a_fused_kernel_is_preferred_where_it_can_be_used(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, loss_type: str, fused: int
+) -> None:
+    calls = []
+
+    def kernel(head: Any, hidden: Any, targets: Any) -> Any:
+        calls.append(hidden.shape)
+        return torch.nn.functional.cross_entropy(hidden @ head.weight.T, targets, reduction="sum")
+
+    expected = build(folders["qwen3"], loss_cfg={"loss_type": loss_type})
+    monkeypatch.setattr("mindspeed_mm.accelerator.fused_linear_cross_entropy", lambda: kernel)
+    model = build(folders["qwen3"], loss_cfg={"loss_type": loss_type, "compute_mode": "chunk"})
+    batch = tiny_batch("qwen3", [0, 0])
+    torch.testing.assert_close(model(**batch)["loss"], expected(**batch)["loss"])
+    assert len(calls) == fused
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize("family", ["qwen3_vl_moe", "glm4v_moe"])
-def test_router_loss(folders: dict[str, Path], family: str) -> None:
+def test_router_loss_equals_hugging_face(folders: dict[str, Path], family: str, recomputed: bool) -> None:
+    theirs = tiny_model(family, tie=True)
+    theirs.config.text_config.router_aux_loss_coef = 0.5
     batch = tiny_batch(family, [1, 0])
-    plain = build(folders[family])(**batch)
-    with_router = build(folders[family], loss_cfg={"router_aux_loss_coef": 0.5})(**batch)
-    summed = build(folders[family], loss_cfg={"router_aux_loss_coef": 0.5, "loss_type": "per_token_loss"})(**batch)
-    assert with_router["aux_loss"] > 0 and not with_router["aux_loss"].requires_grad
-    expected = plain["loss"] + 0.5 * with_router["aux_loss"]
-    torch.testing.assert_close(with_router["loss"], expected)
-    torch.testing.assert_close(summed["loss"] / summed["token_nums"], expected)
+    batch["attention_mask"][1, -3:] = 0
+    batch["labels"][1, -3:] = -100
+    expected = theirs(**batch, use_cache=False, output_router_logits=True)
+    model = build(folders[family], loss_cfg={"router_aux_loss_coef": 0.5})
+    summed = build(folders[family], loss_cfg={"router_aux_loss_coef": 0.5, "loss_type": "per_token_loss"})
+    if recomputed:
+        for layer in (*model.model.model.language_model.layers, *summed.model.model.language_model.layers):
+            recompute(layer)
+    found, total = model(**batch), summed(**batch)
+    assert not found["aux_loss"].requires_grad
+    torch.testing.assert_close(found["aux_loss"], expected.aux_loss)
+    torch.testing.assert_close(found["loss"], expected.loss)
+    torch.testing.assert_close(total["loss"] / total["token_nums"], expected.loss)
+    expected.loss.backward()
+    found["loss"].backward()
+    (total["loss"] / total["token_nums"]).backward()
+    gates = [name for name, _ in theirs.named_parameters() if name.endswith("mlp.gate.weight")]
+    assert gates
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(model.model.get_parameter(name).grad, parameter.grad, rtol=1e-5, atol=1e-7, msg=name)
+        torch.testing.assert_close(summed.model.get_parameter(name).grad, parameter.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_router_loss_of_frozen_routers_is_an_error(tmp_path: Path) -> None:
+    model = build(save_tiny("qwen3_vl_moe", tmp_path), loss_cfg={"router_aux_loss_coef": 0.5})
+    for name, parameter in model.model.named_parameters():
+        parameter.requires_grad_("lm_head" in name)
+    with pytest.raises(UserError, match="router loss has no gradient"):
+        model(**tiny_batch("qwen3_vl_moe", [0]))
 
 
 def test_router_loss_of_a_model_without_routers(folders: dict[str, Path]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 VISION_FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "internvl", "glm4v", "glm4v_moe")
 FAMILIES = (*VISION_FAMILIES, "qwen3")
-IMAGE_TOKEN = 300
+IMAGE_TOKEN, VIDEO_TOKEN = 300, 301
 
 _TEXT = dict(
     hidden_size=32,
@@ -156,7 +156,9 @@ def save_tiny(family: str, folder: Path | str, tie: bool = False, seed: int = 0)
     return Path(folder)
 
 
-def tiny_batch(family: str, images: list[int], length: int = 14, seed: int = 0) -> dict[str, Tensor]:
+def tiny_batch(
+    family: str, images: list[int], length: int = 14, seed: int = 0, videos: list[int] | None = None
+) -> dict[str, Tensor]:
     """Return a training batch.
 
     Args:
@@ -164,28 +166,39 @@ def tiny_batch(family: str, images: list[int], length: int = 14, seed: int = 0) 
         images: number of images of each sample. Each image is 4 placeholder tokens.
         length: tokens of each sample.
         seed: of the random tokens and pixels.
+        videos: number of videos of each sample, of 4 placeholder tokens each; not for InternVL, whose videos are
+            images to the model.
 
     Returns:
         ``input_ids``, ``attention_mask`` and ``labels`` (B, S), and if there are images ``pixel_values`` and what
-        the family wants with them. A quarter of the labels and all image positions are -100; nothing is padded.
+        the family wants with them, and likewise for videos. A quarter of the labels and all positions of images and
+        videos are -100; nothing is padded.
     """
+    videos = videos or [0] * len(images)
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(2, 299, (len(images), length), generator=generator)
-    for row, number in zip(input_ids, images, strict=True):
-        for i in range(number):
-            row[1 + 5 * i : 5 + 5 * i] = IMAGE_TOKEN
-    ignored = (input_ids == IMAGE_TOKEN) | (torch.rand(input_ids.shape, generator=generator) < 0.25)
+    for row, pictures, films in zip(input_ids, images, videos, strict=True):
+        for i in range(pictures + films):
+            row[1 + 5 * i : 5 + 5 * i] = IMAGE_TOKEN if i < pictures else VIDEO_TOKEN
+    ignored = (
+        (input_ids == IMAGE_TOKEN)
+        | (input_ids == VIDEO_TOKEN)
+        | (torch.rand(input_ids.shape, generator=generator) < 0.25)
+    )
     batch = {
         "input_ids": input_ids,
         "attention_mask": torch.ones_like(input_ids),
         "labels": input_ids.masked_fill(ignored, -100),
     }
-    if not sum(images):
-        return batch
-    if family == "internvl":
+    types = (input_ids == IMAGE_TOKEN).int() + 2 * (input_ids == VIDEO_TOKEN).int()
+    if family == "internvl" and sum(images):
         batch["pixel_values"] = torch.randn(sum(images), 3, 16, 16, generator=generator)
-    else:
-        batch["pixel_values"] = torch.randn(sum(images) * 16, 3 * 2 * 4 * 4, generator=generator)
-        batch["image_grid_thw"] = torch.tensor([[1, 4, 4]]).repeat(sum(images), 1)
-        batch["mm_token_type_ids"] = (input_ids == IMAGE_TOKEN).int()
+    for number, pixels, grid in (
+        (sum(images), "pixel_values", "image_grid_thw"),
+        (sum(videos), "pixel_values_videos", "video_grid_thw"),
+    ):
+        if number and family != "internvl":
+            batch[pixels] = torch.randn(number * 16, 3 * 2 * 4 * 4, generator=generator)
+            batch[grid] = torch.tensor([[1, 4, 4]]).repeat(number, 1)
+            batch["mm_token_type_ids"] = types
     return batch

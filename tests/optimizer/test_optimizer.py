@@ -46,6 +46,53 @@ def test_a_keyword_that_matches_nothing_is_an_error() -> None:
         build_param_groups(module.named_parameters(), lr_scale=["visal"])
 
 
+def test_a_keyword_may_bring_its_own_scale_and_the_last_match_counts() -> None:
+    module = nn.ModuleDict({"visual": nn.ModuleDict({"block": nn.Linear(2, 2), "merger": nn.Linear(2, 2)})})
+    module["head"] = nn.Linear(2, 2)
+
+    def scales(*words: str) -> dict[str, float]:
+        groups = build_param_groups(module.named_parameters(), lr_scale=words, lr_mult=3.0, decay_all=True)
+        return {name: g.lr_mult for g in groups for name in g.names if name.endswith("weight")}
+
+    expected = {"visual.block.weight": 0.1, "visual.merger.weight": 2.0, "head.weight": 3.0}
+    assert scales("visual=0.1", "merger=2", "head") == expected
+    assert scales("merger=2", "visual=0.1", "head") == {**expected, "visual.merger.weight": 0.1}
+
+
+@pytest.mark.parametrize("word", ["visual=", "visual=fast", "visual=-1", "visual=nan", "=0.1"])
+def test_a_scale_that_is_no_number_is_an_error(word: str) -> None:
+    with pytest.raises(UserError, match=r"--lr-scale-modules.*keyword=scale"):
+        build_param_groups(nn.ModuleDict({"visual": nn.Linear(2, 2)}).named_parameters(), lr_scale=[word])
+
+
+def test_groups_train_as_adamw_with_the_groups_made_by_hand() -> None:
+    ours, plain = model(), model()
+    groups = build_param_groups(
+        ours.named_parameters(), weight_decay_exclude=["2.weight"], lr_scale=["0.=0.5", "1.bias"], lr_mult=2.0
+    )
+    options = {**OPTIONS, "weight_decay": 0.1}
+    optimizer = build_optimizer(groups, name="adam", selection="fused_adamw", **options)
+    p = dict(plain.named_parameters())
+    reference = torch.optim.AdamW(
+        [
+            {"params": [p["0.weight"]], "lr": 0.05, "weight_decay": 0.1},
+            {"params": [p["0.bias"]], "lr": 0.05, "weight_decay": 0.0},
+            {"params": [p["1.weight"], p["2.weight"], p["2.bias"]], "lr": 0.1, "weight_decay": 0.0},
+            {"params": [p["1.bias"]], "lr": 0.2, "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.99),
+        fused=True,
+    )
+    train(optimizer, ours), train(reference, plain)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), plain.parameters(), strict=True))
+
+
+def test_the_bias_of_many_experts_is_two_dimensional_and_does_not_decay() -> None:
+    module = nn.ParameterDict({"up_proj_bias": nn.Parameter(torch.zeros(4, 2)), "up_proj": nn.Parameter(torch.eye(2))})
+    groups = build_param_groups(module.named_parameters())
+    assert names(groups) == {(1.0, 0.0): ["up_proj_bias"], (1.0, 1.0): ["up_proj"]}
+
+
 def test_everything_frozen_is_an_error() -> None:
     with pytest.raises(UserError, match="frozen"):
         build_param_groups(model().requires_grad_(False).named_parameters())
@@ -100,7 +147,7 @@ def test_learning_rate_styles(style: str) -> None:
 
 def test_group_multipliers_apply_at_every_step() -> None:
     groups = build_param_groups(model().named_parameters(), lr_scale=["2."], lr_mult=0.5)
-    optimizer = torch.optim.SGD([g.to_optimizer_group() for g in groups], lr=1.0)
+    optimizer = torch.optim.SGD([g.to_optimizer_group(1.0, 0.01) for g in groups], lr=1.0)
     plan = schedule("linear", optimizer, warmup_init=0.4)
     for _ in range(12):
         for group in optimizer.param_groups:
@@ -154,6 +201,7 @@ def test_moving_average_follows_its_formula_and_leaves_the_weights_alone() -> No
         build_param_groups(plain.named_parameters()), name="adam", selection="fused_torch_adamw", **OPTIONS
     )
     assert torch.equal(history[-1], train(reference, plain)[-1])
+    assert any(not torch.equal(weight, history[0]) for weight in history)
     average = history[0]
     for weight in history[1:]:
         average = 0.5 * average + 0.5 * weight
@@ -161,6 +209,22 @@ def test_moving_average_follows_its_formula_and_leaves_the_weights_alone() -> No
 
 
 def test_an_optimizer_we_do_not_have_is_an_error() -> None:
-    with pytest.raises(UserError, match="--optimizer muon"):
+    with pytest.raises(UserError, match="--optimizer lion"):
         groups = build_param_groups(model().named_parameters())
-        build_optimizer(groups, name="muon", selection="fused_adamw", **OPTIONS)
+        build_optimizer(groups, name="lion", selection="fused_adamw", **OPTIONS)
+
+
+def test_a_step_skipped_on_the_device_is_none_for_the_average() -> None:
+    module = model()
+    optimizer = build_optimizer(
+        build_param_groups(module.named_parameters()), name="adam", selection="fused_ema_adamw", **OPTIONS
+    )
+    train(optimizer, module)
+    before = {p: (p.detach().clone(), optimizer.state[p]["ema"].clone()) for p in module.parameters()}
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    for parameter, (weight, average) in before.items():
+        assert torch.equal(parameter, weight)
+        assert torch.equal(optimizer.state[parameter]["ema"], average)

@@ -61,7 +61,8 @@ class Job:
         folder: everything lies here; it is the working directory too.
         rows: of ``train.jsonl``; text is written as it is, None writes no file.
         data, model, yaml: the config files' contents; a yaml that is text is written as it is.
-        flags: the command line, without the leading dashes; True is a bare flag, None leaves it out.
+        flags: the command line, without the leading dashes; True is a bare flag, None leaves it out, a list
+            is several words.
         script: the entry script.
     """
 
@@ -128,7 +129,8 @@ class Job:
         words = [str(self.script)]
         for flag, value in self.flags.items():
             if value is not None:
-                words += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
+                values = value if isinstance(value, list) else [value]
+                words += [f"--{flag}"] if value is True else [f"--{flag}", *map(str, values)]
         return words
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -44,6 +45,25 @@ def _provider(expression: str) -> Callable[[Job], None]:
     return lambda job: _use_callback(job, f"def train_valid_test_datasets_provider():\n    return {expression}")
 
 
+def _batch(**changes: str) -> Callable[[Job], None]:
+    """Let the loader of a user's own give one batch, over and over."""
+    batch = {"input_ids": "torch.arange(16).view(2, 8)", "labels": "torch.arange(16).view(2, 8)", **changes}
+    return _provider(f"[dict({', '.join(f'{key}={value}' for key, value in batch.items())})], None, None")
+
+
+def _small_vocabulary(job: Job) -> None:
+    folder = shutil.copytree(job.model["init_from_hf_path"], job.folder / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["vocab_size"] = 50
+    (folder / "config.json").write_text(json.dumps(config))
+    job.model.update(init_from_hf_path=str(folder), random_init=True)
+
+
+def _freeze_everything(job: Job) -> None:
+    frozen = {"freeze": True}
+    job.model |= {"image_encoder": {"vision_encoder": frozen, "vision_projector": frozen}, "text_decoder": frozen}
+
+
 def _set(section: str, **values: Any) -> Callable[[Job], None]:
     return lambda job: getattr(job, section).update(values)
 
@@ -58,6 +78,13 @@ def _row(content: str, *images: str) -> dict[str, Any]:
         "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "x"}],
     }
 
+
+BROKEN_PIXELS = """
+def forward_step(it, model):
+    batch = next(it)
+    batch["pixel_values"][0] = float("inf")
+    return model(**batch), loss_func
+"""
 
 # What is wrong, how it is brought about, and what the message must say: the place, the value and the fix.
 CASES: dict[str, tuple[Callable[[Job], Any], str]] = {
@@ -119,6 +146,14 @@ CASES: dict[str, tuple[Callable[[Job], Any], str]] = {
         _set("yaml", sub_modules_to_wrap=["model.language_model.layer.{*}"]),
         r"model\.language_model\.layer\.\{\*\}.*model\.language_model\.layers",
     ),
+    "a freeze pattern that matches nothing": (
+        _set("model", freeze=["model.visual", "model.language_model.layer.{0}"]),
+        r"model\.json: freeze: 'model\.language_model\.layer\.\{0\}' matches no module .*model\.language_model\.layers",
+    ),
+    "freezing everything": (
+        _set("model", freeze=["model", "lm_head.weight"]),
+        r"model\.json: every parameter is frozen, nothing is left to train\. Shorten the list 'freeze'",
+    ),
     "a global batch that does not divide": (
         _set("flags", **{"micro-batch-size": 2, "global-batch-size": 7}),
         r"--global-batch-size 7 is not a multiple of --micro-batch-size 2 x \d data-parallel ranks = \d; use ",
@@ -167,6 +202,46 @@ CASES: dict[str, tuple[Callable[[Job], Any], str]] = {
     "a provider of no model": (
         lambda job: _use_callback(job, "def model_provider():\n    pass"),
         r"model_provider returned a NoneType: it must return a torch\.nn\.Module",
+    ),
+    "a token that the model does not have": (
+        _small_vocabulary,
+        r"train\.jsonl:1: input_ids has \d+ at position \d+, the model's vocabulary has 50 tokens\. Use the tokenizer",
+    ),
+    "an input id outside of the vocabulary": (
+        _batch(input_ids="torch.tensor([[1] * 8, [1, 1, -1] + [1] * 5])"),
+        r"row 1 of the batch: input_ids has -1 at position 2, the model's vocabulary has \d+ tokens",
+    ),
+    "a label outside of the vocabulary": (
+        _batch(labels="torch.tensor([[-100] * 8, [-100, 99999] + [1] * 6])"),
+        r"row 1 of the batch: labels has 99999 at position 1, .*; -100 marks what is no target",
+    ),
+    "a global batch without a target": (
+        _batch(labels="torch.full((2, 8), -100)"),
+        r"iteration 1: no sample of the global batch has a target: every label is -100, .*samples 0 to 1\)",
+    ),
+    "pixels that are not finite": (
+        lambda job: _use_callback(job, BROKEN_PIXELS),
+        r"iteration 1: not finite: loss: nan \| grad norm: nan\n  rank \d, micro-batch 1 of \d: loss nan, samples \S*"
+        r"train\.jsonl:\d\n    the batch itself is not finite: pixel_values\n  .*not finite: model\.model\.visual\."
+        r"patch_embed\.proj \(Conv3d; its input is not finite already\)",
+    ),
+    "no learning rate": (_set("flags", lr=None), r"--lr is missing; give the highest learning rate"),
+    "two lengths of the warm-up": (
+        _set("flags", **{"lr-warmup-iters": 1, "lr-warmup-fraction": 0.1}),
+        r"--lr-warmup-fraction 0\.1 and --lr-warmup-iters 1 both set the length of the warm-up; remove one",
+    ),
+    "a warm-up longer than the run": (
+        _set("flags", **{"lr-warmup-iters": 9}),
+        r"--lr-warmup-iters 9 leaves no step of the 4 of --lr-decay-iters or --train-iters; shorten the warm-up",
+    ),
+    "a frozen model": (_freeze_everything, r"every parameter is frozen, nothing is left to train"),
+    "rollback without checkpoints": (
+        _set("flags", save=None, **{"nan-policy": "rollback"}),
+        r"--nan-policy rollback goes back to a checkpoint of --save; add --save, or use --nan-policy skip",
+    ),
+    "rollback with data that cannot go back": (
+        lambda job: (_provider("iter([{}] * 9), None, None")(job), job.flags.update({"nan-policy": "rollback"})),
+        r"--nan-policy rollback: the training data is a list_iterator without a position, which cannot go back; return",
     ),
     "a plugin that does not exist": (
         _set("flags", plugin="adapter.py"),

@@ -35,7 +35,7 @@ class InnerReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def reads_per_step(folder: str) -> list[int]:
+def reads_per_step(folder: str, *flags: str) -> list[int]:
     """Train six steps, the fourth of which logs, and count the reads between the batches."""
     import torch.distributed as dist
 
@@ -56,7 +56,7 @@ def reads_per_step(folder: str) -> list[int]:
     def forward_step(iterator: Any, model: Any) -> Any:
         return model(**next(iterator)), lambda loss: (loss, {"loss": loss.detach(), "constant": 2.5})
 
-    arguments(folder, "--log-interval", "4", "--clip-grad", "0.1", steps=7)
+    arguments(folder, "--log-interval", "4", "--clip-grad", "0.1", *flags, steps=7)
     with Reads(), InnerReads():
         pretrain(lambda: (Batches(), None, None), Net, None, forward_step)
     return [after - before for before, after in pairwise(marks)]

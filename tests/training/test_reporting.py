@@ -100,6 +100,7 @@ def write_log(folder: str) -> None:
     for i in range(1, 4):
         values = merge_reports([{"loss": torch.tensor(1 / 3, dtype=torch.float64)}])
         log.add(StepRecord(i, 8 * i, 1e-3, values, torch.tensor(2.0), 0.5, 0.1, 100, False))
+        log.write()
     log.close()
 
 
@@ -182,12 +183,14 @@ def test_a_log_writes_steps_and_validation_to_its_sinks(monkeypatch: pytest.Monk
     for i in range(1, 5):
         values = merge_reports([{"loss": torch.tensor(float(i))}])
         log.add(StepRecord(i, 8 * i, 1e-3, values, torch.tensor(2.0), 0.5, 0.1, 100, False))
+        log.write()
     log.validation(4, 32, {"loss": 7.0})
     log.close()
     (second, *at_second), (_, *at_fourth), validation, closed = rows
     assert (at_second, at_fourth) == ([2, 16], [4, 32])
     assert {"loss": 2.0, "grad-norm": 2.0, "learning-rate": 1e-3, "throughput": 16.0}.items() <= second.items()
-    assert validation == ({"loss validation": 7.0}, 4, 32)
+    perplexity = pytest.approx(1096.633158)  # e to the 7
+    assert validation == ({"loss validation": 7.0, "loss validation ppl": perplexity}, 4, 32)
     assert closed == ({}, 0, 0)
 
 

@@ -17,19 +17,31 @@ from mindspeed_mm.arguments.flag import (
     real,
 )
 
-_NO_LORA = Refused("LoRA is not supported with --use-torch-fsdp2; remove it, and freeze parts in model.json instead")
+_NO_MIX = Refused("under LoRA everything but the adapters is frozen with --use-torch-fsdp2; remove it")
+_NO_HOOK = Inert("recomputation here needs no input with a gradient")
 _NO_PREFERENCE = Inert("it is read by preference training, which this script is not")
 _NO_REINFORCEMENT = Refused("reinforcement learning is not part of this package; remove it")
 _NO_SEARCH = Refused("there is no search for a parallel layout; remove it and set the sizes yourself")
 _NO_SIMULATION = Inert("there is no search for a parallel layout")
-_LORA = "--lora-target-modules"
+_LORA = "--lora-target-modules or --lora-target-parameters"
 
 LORA = Group(
     "LoRA",
     (
-        Flag("--lora-target-modules", TEXTS, [], "linear layers that get an adapter; turns LoRA on", fsdp2=_NO_LORA),
-        Flag("--lora-target-parameters", TEXTS, [], "parameters that get an adapter", fsdp2=_NO_LORA),
-        Flag("--lora-apply-modules", TEXTS, ["all"], "parts of the model that get adapters", needs=_LORA),
+        Flag(
+            "--lora-target-modules",
+            TEXTS,
+            [],
+            "linear layers that get an adapter: names, ends of paths, patterns or all-linear; turns LoRA on",
+        ),
+        Flag("--lora-target-parameters", TEXTS, [], "parameters that get an adapter, such as experts.down_proj"),
+        Flag(
+            "--lora-apply-modules",
+            TEXTS,
+            ["all"],
+            "parts of the model that get adapters: components of model.json, paths or patterns",
+            needs=_LORA,
+        ),
         Flag("--lora-r", integer(1), 8, "rank of an adapter", needs=_LORA),
         Flag("--lora-alpha", integer(1), 16, "scale of an adapter times its rank", needs=_LORA),
         Flag("--lora-dropout", real(0, 1), 0.0, "dropout before an adapter", needs=_LORA),
@@ -38,6 +50,7 @@ LORA = Group(
             {**BOOLEAN, "nargs": "?", "const": True},
             False,
             "train some parts fully",
+            fsdp2=_NO_MIX,
             needs=_LORA,
         ),
         Flag(
@@ -45,9 +58,16 @@ LORA = Group(
             TEXTS,
             ["word_embeddings", "input_layernorm", "final_layernorm"],
             "modules whose output must carry a gradient",
+            fsdp2=_NO_HOOK,
             needs=_LORA,
         ),
-        Flag("--load-base-model", PATH, None, "weights under the adapters, when --load holds adapters", needs=_LORA),
+        Flag(
+            "--load-base-model",
+            PATH,
+            None,
+            "weights under the adapters: a checkpoint or a Hugging Face folder; default: those the model starts from",
+            needs=_LORA,
+        ),
     ),
 )
 

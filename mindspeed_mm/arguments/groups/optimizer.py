@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from mindspeed_mm.arguments.flag import SWITCH, TEXTS, Flag, Group, Inert, Refused, integer, one_of, real
-
-_NO_MUON = Refused("Muon is not supported; use adam or sgd", allowed=("sgd",))
+from mindspeed_mm.arguments.flag import SWITCH, TEXTS, Flag, Group, Inert, integer, one_of, real
 
 LEARNING_RATE = Group(
     "learning rate",
@@ -53,7 +51,12 @@ LEARNING_RATE = Group(
 OPTIMIZER = Group(
     "optimizer",
     (
-        Flag("--optimizer", one_of("adam", "sgd", "muon"), "adam", "update rule; adam is AdamW", fsdp2=_NO_MUON),
+        Flag(
+            "--optimizer",
+            one_of("adam", "sgd", "muon"),
+            "adam",
+            "update rule; adam is AdamW, muon is Muon for weight matrices and AdamW for the rest (torch 2.9 or later)",
+        ),
         Flag(
             "--optimizer-selection",
             one_of("fused_adamw", "fused_torch_adamw", "fused_ema_adamw"),
@@ -65,8 +68,14 @@ OPTIMIZER = Group(
         Flag("--adam-beta2", real(0, 1), 0.999, "decay of the second moment"),
         Flag("--adam-eps", real(0), 1e-8, "added to the denominator"),
         Flag("--sgd-momentum", real(0), 0.9, "momentum", needs="--optimizer sgd"),
-        Flag("--muon-momentum", real(0), 0.95, "momentum", needs="--optimizer muon"),
-        Flag("--matched-adamw-rms", real(0), 0.2, "size of the update", needs="--optimizer muon"),
+        Flag("--muon-momentum", real(0), 0.95, "momentum of Muon", needs="--optimizer muon"),
+        Flag(
+            "--matched-adamw-rms",
+            real(0),
+            0.2,
+            "root mean square of Muon's update of a matrix at a learning rate of 1, like AdamW's",
+            needs="--optimizer muon",
+        ),
         Flag("--ns-steps", integer(1), 5, "Newton-Schulz iterations", needs="--optimizer muon"),
         Flag(
             "--ema-decay",
@@ -86,8 +95,14 @@ OPTIMIZER = Group(
         ),
         Flag("--weight-decay-all", SWITCH, False, "let biases and other one-dimensional parameters decay too"),
         Flag("--weight-decay-exclude-modules", TEXTS, [], "no weight decay for parameters whose name contains one of"),
-        Flag("--lr-scale-modules", TEXTS, [], "scale the learning rate of parameters whose name contains one of"),
-        Flag("--lr-mult", real(0), 1.0, "the scale", needs="--lr-scale-modules"),
+        Flag(
+            "--lr-scale-modules",
+            TEXTS,
+            [],
+            "scale the learning rate of parameters whose name contains one of; each is a keyword, scaled by --lr-mult, "
+            "or keyword=scale; where several match, the last counts",
+        ),
+        Flag("--lr-mult", real(0), 1.0, "the scale of keywords without one", needs="--lr-scale-modules"),
         Flag("--clip-grad", real(0), 1.0, "largest gradient norm; 0 turns clipping off, the norm is still reported"),
         Flag(
             "--enable-dummy-optimizer",

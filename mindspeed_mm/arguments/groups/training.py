@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mindspeed_mm.arguments.flag import ON_OFF, SWITCH, Flag, Group, Inert, Refused, integer
+from mindspeed_mm.arguments.flag import ON_OFF, SWITCH, Flag, Group, Inert, Refused, integer, one_of
 
 _LOSS_NOT_SUPPORTED = Refused("this loss is not supported; use --calculate-per-token-loss, the exact token mean")
 
@@ -60,6 +60,29 @@ TRAINING = Group(
             "loss: samples weighted by 1/sqrt(target tokens)",
             fsdp2=_LOSS_NOT_SUPPORTED,
         ),
+        Flag(
+            "--nan-policy",
+            one_of("stop", "skip", "rollback"),
+            "stop",
+            "what to do about a step whose loss or gradient is not finite, which never changes weights or optimizer: "
+            "end the run and name the samples and the module; go on with the next step; or go back to the newest "
+            "checkpoint of --save and leave the samples of that step out",
+            megatron=Refused("only FSDP2 has it; leave it out", allowed=("stop",)),
+        ),
+        Flag(
+            "--nan-limit",
+            integer(1),
+            10,
+            "stop all the same after more skipped steps in a row, or more rollbacks in the run, than this",
+            needs="--nan-policy skip or --nan-policy rollback",
+        ),
+        Flag(
+            "--check-for-nan-in-loss-and-grad",
+            ON_OFF,
+            True,
+            "end the run when a loss or gradient is not finite",
+            fsdp2=Inert("every step is checked at no cost, and --nan-policy says what happens"),
+        ),
         Flag("--manual-gc", SWITCH, False, "collect Python garbage at the same step on every rank"),
         Flag("--manual-gc-interval", integer(0), 0, "steps between collections; 0 is never", needs="--manual-gc"),
         Flag("--manual-gc-eval", ON_OFF, True, "collect around evaluations too", needs="--manual-gc"),
@@ -70,7 +93,18 @@ EVALUATION = Group(
     "evaluation",
     (
         Flag("--eval-interval", integer(1), 1000, "steps between evaluations"),
-        Flag("--eval-iters", integer(0), 100, "global batches of one evaluation; 0 turns evaluation off"),
+        Flag(
+            "--eval-iters",
+            integer(-1),
+            100,
+            "global batches of one evaluation; -1 is every sample once, 0 turns evaluation off",
+        ),
+        Flag(
+            "--eval-generate",
+            integer(0),
+            0,
+            "validation samples of which the last answer is generated and compared at every evaluation",
+        ),
     ),
 )
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from mindspeed_mm.distributed.frozen import frozen_parts
+from mindspeed_mm.distributed.patterns import summarise
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.common.lookup import lookup
 from mindspeed_mm.models.transformers.families import Family
@@ -49,30 +51,18 @@ def frozen_line(model: nn.Module) -> str | None:
     Raises:
         UserError: nothing is left to train.
     """
-    frozen: dict[str, int] = {}
-    trained: set[str] = set()
-    total = 0
-    for name, parameter in model.named_parameters():
-        total += parameter.numel()
-        if parameter.requires_grad:
-            trained.update(_parents(name))
-        else:
-            frozen[name] = parameter.numel()
+    parameters = list(model.parameters())
+    frozen = sum(p.numel() for p in parameters if not p.requires_grad)
     if not frozen:
         return None
-    if not trained:
+    parts = summarise(frozen_parts(model))
+    if "" in parts:
         raise UserError(
-            f"model.json: every parameter is frozen, nothing is left to train. "
-            f"Set one of these to false: {', '.join(FREEZE_KEYS.values())}."
+            "model.json: every parameter is frozen, nothing is left to train. Shorten the list 'freeze', "
+            f"or set one of these to false: {', '.join(FREEZE_KEYS.values())}."
         )
-    # The highest modules that hold frozen parameters only.
-    tops = dict.fromkeys(next(m for m in [*_parents(name), name] if m not in trained) for name in frozen)
-    return f"frozen: {sum(frozen.values()):,} of {total:,} parameters, in {', '.join(tops)}"
-
-
-def _parents(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:n]) for n in range(1, len(parts))]
+    names = ", ".join([*parts][:8]) + (f" and {len(parts) - 8} more" if len(parts) > 8 else "")
+    return f"frozen: {frozen:,} of {sum(p.numel() for p in parameters):,} parameters, in {names}"
 
 
 def _not_found(model: nn.Module, family: Family, component: str, key: str) -> str:

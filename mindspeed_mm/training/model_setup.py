@@ -1,0 +1,75 @@
+"""The model of a run: provided by the user's callback, frozen, given adapters, sharded and filled with values."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+from torch import nn
+
+from mindspeed_mm import accelerator
+from mindspeed_mm.distributed import state
+from mindspeed_mm.distributed.frozen import freeze
+from mindspeed_mm.distributed.fsdp2 import ShardPlan, prepare_model
+from mindspeed_mm.distributed.meta import materialize, meta_init, module_init
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.lora import LoraSettings, add_adapters, initialize_adapters
+from mindspeed_mm.models.transformers.families import family_of
+from mindspeed_mm.models.transformers.freeze import frozen_line
+from mindspeed_mm.models.transformers_model import TransformersModel
+from mindspeed_mm.training.callbacks import call_model_provider
+from mindspeed_mm.training.checkpointing import base_folder, hf_model
+
+
+def build_model(args: Namespace, provider: Callable[..., Any]) -> tuple[nn.Module, ShardPlan]:
+    """Return the sharded model and how it was sharded; says on rank 0 what became of it.
+
+    Under ``--init-model-with-meta-device`` its weights may still have to be read.
+    """
+    with meta_init() if args.init_model_with_meta_device else nullcontext():
+        model = call_model_provider(provider)
+        if args.mm_model:
+            freeze(hf_model(model), args.mm.model.get("freeze", []))
+        if line := frozen_line(hf_model(model)):
+            state.print_rank_0(line)
+        lora = _add_adapters(args, model)
+    param_dtype = None if args.params_dtype_name == "fp32" else args.params_dtype_name
+    plan = prepare_model(model, state.data_parallel_group(), args.fsdp2_config_path, param_dtype=param_dtype)
+    for line in plan.lines():
+        state.print_rank_0(line)
+    if args.export_hf and not hasattr(hf_model(model), "save_pretrained"):
+        raise UserError(
+            f"--export-hf {args.export_hf}: {type(model).__name__} is no Hugging Face model; remove the flag. "
+            "Its weights are in the checkpoints of --save."
+        )
+    total = sum(p.numel() for p in model.parameters())
+    state.print_rank_0(f" > number of parameters: {total:,}")
+    if args.init_model_with_meta_device:
+        # Values that a strict load is about to replace are not computed first.
+        source = args.load or args.load_base_model or getattr(model, "weights_source", None)
+        weights_follow = args.load_strict and source
+        init = None if weights_follow else module_init(model)
+        materialize(model, accelerator.device(), init, args.seed, shard_device=plan.shard_device)
+    if lora:
+        initialize_adapters(hf_model(model), args.seed)
+    return model, plan
+
+
+def _add_adapters(args: Namespace, model: nn.Module) -> bool:
+    """Return whether the command line asks for LoRA, and the model has got it."""
+    if not (args.lora_target_modules or args.lora_target_parameters):
+        return False
+    settings = LoraSettings(
+        target_modules=tuple(args.lora_target_modules),
+        target_parameters=tuple(args.lora_target_parameters),
+        apply_modules=tuple(args.lora_apply_modules),
+        r=args.lora_r,
+        alpha=args.lora_alpha,
+        dropout=args.lora_dropout,
+    )
+    family = family_of(model.transformer_config) if isinstance(model, TransformersModel) else None
+    for line in add_adapters(hf_model(model), settings, family, base_folder(args, model)):
+        state.print_rank_0(line)
+    return True

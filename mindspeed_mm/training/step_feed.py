@@ -1,0 +1,128 @@
+"""The training data, step by step: what a step took, so that it can be run again, and what no step may take."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from mindspeed_mm import accelerator
+from mindspeed_mm.losses import IGNORE
+from mindspeed_mm.training.feed import Feed
+
+LEFT_OUT_FILE = "left_out_samples.json"
+
+
+class LeftOut:
+    """Ranges ``[first, end)`` of the sample order, all ranks together, that a run does not train on.
+
+    They are kept in a file beside the checkpoints, so that a run that is resumed from any of them leaves the same
+    samples out.
+
+    Args:
+        folder: of the checkpoints, None to keep no file.
+        resumes: read what an earlier part of this run has left out; otherwise another run's file is removed.
+    """
+
+    def __init__(self, folder: Path | None, *, resumes: bool) -> None:
+        self._file = folder / LEFT_OUT_FILE if folder else None
+        self.ranges: list[tuple[int, int]] = []
+        if self._file and resumes and self._file.exists():
+            self.ranges = [(first, end) for first, end in json.loads(self._file.read_text(encoding="utf-8"))]
+        if self._file and not resumes and dist.get_rank() == 0:
+            self._file.unlink(missing_ok=True)
+
+    def add(self, first: int, end: int) -> None:
+        """Leave out samples ``first`` to ``end - 1`` from now on. Every rank calls it."""
+        if self.ranges and self.ranges[-1][1] == first:
+            first = self.ranges.pop()[0]
+        self.ranges.append((first, end))
+        if self._file is None or dist.get_rank() != 0:
+            return
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        new = self._file.with_suffix(".new")
+        with new.open("w", encoding="utf-8") as file:
+            json.dump(self.ranges, file)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(self._file)
+
+    def touches(self, first: int, end: int) -> bool:
+        """Return whether any of the samples ``first`` to ``end - 1`` is left out."""
+        return any(first < b and a < end for a, b in self.ranges)
+
+
+@dataclass(frozen=True)
+class TakenBatch:
+    """A batch as the model got it: a shallow copy, and the random state at that moment."""
+
+    batch: Any
+    random_state: dict[str, Any]
+    place: Any
+    first_sample: int
+    end_sample: int
+
+
+class StepFeed(Feed):
+    """A feed that keeps the batches of the running step, and passes over samples that are left out.
+
+    Args:
+        source: the training iterator.
+        stride: samples of one micro-batch on all ranks together.
+        left_out: what to pass over.
+        check: see :class:`Feed`.
+    """
+
+    def __init__(
+        self, source: Iterator[Any], stride: int, left_out: LeftOut, check: Callable[..., None] | None = None
+    ) -> None:
+        super().__init__(source, "training", check)
+        self.left_out = left_out
+        self.stride = stride
+        self.position = 0
+        self.passed_over = 0
+        self.taken: list[TakenBatch] = []
+
+    def start_step(self, position: int) -> None:
+        """Begin a step at sample ``position`` of the order."""
+        self.position, self.passed_over, self.taken = position, 0, []
+
+    def __next__(self) -> Any:
+        while self.left_out.touches(self.position, self.position + self.stride):
+            self._pass_over()
+        batch = super().__next__()
+        copy = dict(batch) if isinstance(batch, Mapping) else batch  # callbacks may put other tensors into theirs
+        first, self.position = self.position, self.position + self.stride
+        self.taken.append(TakenBatch(copy, accelerator.rng_state(), self.place, first, self.position))
+        return batch
+
+    def _pass_over(self) -> None:
+        before = accelerator.rng_state()  # as if the data set did not hold it
+        self._fetch()
+        accelerator.set_rng_state(before)
+        self.position += self.stride
+        self.passed_over += self.stride
+
+
+def replay(taken: list[TakenBatch]) -> Iterator[Any]:
+    """Yield the batches again, each with the random state it had."""
+    for item in taken:
+        accelerator.set_rng_state(item.random_state)
+        yield dict(item.batch) if isinstance(item.batch, Mapping) else item.batch
+
+
+def count_targets(taken: list[TakenBatch]) -> int | None:
+    """Return the labels of these batches that are targets; None when one has no labels in host memory."""
+    total = 0
+    for item in taken:
+        labels = item.batch.get("labels") if isinstance(item.batch, Mapping) else None
+        if not (isinstance(labels, Tensor) and labels.is_cpu):
+            return None
+        total += int((labels[..., 1:] != IGNORE).sum())
+    return total

@@ -1,0 +1,79 @@
+"""Finding token ids that the model does not have, while the batch is still in host memory.
+
+On an accelerator they would be a device assertion, which names nothing and takes the whole process with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.losses import IGNORE
+from mindspeed_mm.training.checkpointing import hf_model
+
+# Ids that some families put beyond their vocabulary, and replace before they are looked up.
+_PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id")
+
+
+class TokenCheck:
+    """Checks ``input_ids`` and ``labels`` of a batch against a Hugging Face language model's vocabulary.
+
+    Args:
+        model: of any kind; what is not known of it is not checked.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        model = hf_model(model)
+        config = getattr(model, "config", None)
+        self._inputs = _rows(model, "get_input_embeddings", "num_embeddings")
+        self._outputs = _rows(model, "get_output_embeddings", "out_features")
+        self._placeholders = {value for name in _PLACEHOLDERS if isinstance(value := getattr(config, name, None), int)}
+
+    def __call__(self, batch: Any, names: Callable[[], list[str] | None]) -> None:
+        """Check one batch; tensors that are not in host memory are left alone.
+
+        Raises:
+            UserError: an id is outside of the vocabulary; names the sample by ``names``, else by its row.
+        """
+        if not isinstance(batch, Mapping):
+            return
+        ids, labels = batch.get("input_ids"), batch.get("labels")
+        if not isinstance(ids, Tensor) or not _is_host_table(ids):
+            return
+        if self._inputs:
+            self._refuse("input_ids", ids, self._inputs, self._placeholders, names)
+        if self._outputs and isinstance(labels, Tensor) and _is_host_table(labels) and labels.shape == ids.shape:
+            self._refuse("labels", labels, self._outputs, {IGNORE}, names)
+
+    def _refuse(
+        self, key: str, values: Tensor, size: int, allowed: set[int], names: Callable[[], list[str] | None]
+    ) -> None:
+        outside = (values < 0) | (values >= size)
+        for value in allowed:
+            outside &= values != value
+        if not outside.any():
+            return
+        row, position = outside.nonzero()[0].tolist()
+        samples = names()
+        sample = samples[row] if samples and row < len(samples) else f"row {row} of the batch"
+        raise UserError(
+            f"{sample}: {key} has {int(values[row, position])} at position {position}, the model's vocabulary has "
+            f"{size} tokens. Use the tokenizer of this model, or a model whose vocabulary covers it"
+            + (f"; {IGNORE} marks what is no target." if key == "labels" else ".")
+        )
+
+
+def _is_host_table(value: Tensor) -> bool:
+    return value.ndim == 2 and value.is_cpu and not value.is_floating_point()
+
+
+def _rows(model: nn.Module, getter: str, attribute: str) -> int | None:
+    """Return the rows of an embedding or output head, None where the model has none to ask."""
+    try:
+        value = getattr(getattr(model, getter)(), attribute)
+    except (AttributeError, NotImplementedError):
+        return None
+    return value if isinstance(value, int) else None

@@ -1,0 +1,57 @@
+"""Token ids against the vocabulary, on the host."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.training.token_check import TokenCheck
+
+
+class Language(nn.Module):
+    """10 tokens go in, 8 come out, and images are marked by token 11, which is replaced before it is looked up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(image_token_id=11)
+        self.embeddings, self.head = nn.Embedding(10, 2), nn.Linear(2, 8)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
+def check(ids: list[int], labels: list[int], names: list[str] | None = None) -> None:
+    TokenCheck(Language())({"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels])}, lambda: names)
+
+
+def test_whatever_the_model_has_passes() -> None:
+    check([0, 9, 11, 11], [-100, 7, 0, -100])
+
+
+@pytest.mark.parametrize(
+    ("ids", "labels", "message"),
+    [
+        ([0, 10], [0, 0], "a.jsonl:3: input_ids has 10 at position 1, the model's vocabulary has 10 tokens"),
+        ([0, -100], [0, 0], "a.jsonl:3: input_ids has -100 at position 1"),
+        ([0, 1], [8, 0], "a.jsonl:3: labels has 8 at position 0, the model's vocabulary has 8 tokens"),
+        ([0, 1], [11, 0], "a.jsonl:3: labels has 11 at position 0"),
+    ],
+)
+def test_the_first_that_it_lacks_is_named(ids: list[int], labels: list[int], message: str) -> None:
+    with pytest.raises(UserError, match=f"^{message}"):
+        check(ids, labels, ["a.jsonl:3"])
+
+
+def test_other_models_and_other_batches_are_left_alone() -> None:
+    TokenCheck(nn.Linear(2, 2))({"input_ids": torch.tensor([[99]])}, lambda: None)
+    for batch in ([99], {"x": 1}, {"input_ids": torch.tensor([99])}, {"input_ids": torch.tensor([[99.0]])}):
+        TokenCheck(Language())(batch, lambda: None)
+    images = {"input_ids": torch.tensor([[1]]), "labels": torch.tensor([99])}  # of another task
+    TokenCheck(Language())(images, lambda: None)
