@@ -1,10 +1,14 @@
 """What this rank is doing right now, for whoever has to tell why a job stands still.
 
-The marks are plain host-side notes, a microsecond each: nothing is sent, and no device is asked.
+The marks are plain host-side notes, microseconds each: nothing is sent, and no device is asked. They are kept in memory
+that other processes of this host can read, because a rank that is stopped cannot tell where.
 """
 
 from __future__ import annotations
 
+import json
+import mmap
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +31,8 @@ class Stand(NamedTuple):
 _stack: list[tuple[str, bool]] = [("preparation", True)]
 _now = Stand("preparation", None, True, time.monotonic(), 0)
 _longest_step = 0.0
+_BOARD_BYTES = 256
+_board: mmap.mmap | None = None
 
 
 def now() -> Stand:
@@ -64,6 +70,28 @@ def finish_step(seconds: float) -> None:
     _tick(_now.iteration)
 
 
+def share() -> int | None:
+    """Keep the marks readable for other processes from now on; return what :func:`read_shared` needs, None if not."""
+    global _board
+    if not hasattr(os, "memfd_create"):  # Linux only
+        return None
+    file = os.memfd_create("phases")  # gone with the process
+    os.ftruncate(file, _BOARD_BYTES)
+    _board = mmap.mmap(file, _BOARD_BYTES)
+    _tick(_now.iteration)
+    return file
+
+
+def read_shared(pid: int, file: int) -> tuple[str, int | None, int] | None:
+    """Return phase, iteration and ticks of a process of this host; None if it is gone or not to be read."""
+    try:
+        with open(f"/proc/{pid}/fd/{file}", "rb") as board:
+            phase, iteration, ticks = json.loads(board.read().rstrip(b" \0"))
+    except (OSError, ValueError):
+        return None
+    return phase, iteration, ticks
+
+
 def prepare() -> None:
     """Note that a run begins: everything is preparation until its first step is over."""
     global _longest_step
@@ -76,3 +104,5 @@ def _tick(iteration: int | None) -> None:
     global _now
     name, patient = _stack[-1]
     _now = Stand(name, iteration, patient, time.monotonic(), _now.ticks + 1)
+    if _board is not None:
+        _board[:] = json.dumps([name, iteration, _now.ticks]).encode().ljust(_BOARD_BYTES)[:_BOARD_BYTES]

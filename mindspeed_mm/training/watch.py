@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import FrameType
 
 import torch.distributed as dist
@@ -39,6 +39,8 @@ class Report:
     beat: int
     host: str
     pid: int
+    board: int | None
+    """See :func:`~mindspeed_mm.distributed.phases.share`."""
     phase: str
     iteration: int | None
     ticks: int
@@ -100,6 +102,7 @@ class Watch:
         self._end = end
         self._trains = threading.get_ident()
         self._host = socket.gethostname()
+        self._board = phases.share()
         self._beats = 0
         self._last_talk = time.monotonic()
         self._over = threading.Event()
@@ -129,7 +132,15 @@ class Watch:
             self._over.wait(self.interval / 2)
             self.tell()
         reports = self._read()
-        return reports, {report.rank for report in reports if report.beat == before.get(report.rank)}
+        silent = {report.rank for report in reports if report.beat == before.get(report.rank)}
+        return [self._look_up(r) if r.rank in silent else r for r in reports], silent
+
+    def _look_up(self, report: Report) -> Report:
+        """Return where a silent rank of this host stands now."""
+        if report.host != self._host or report.board is None:
+            return report
+        found = phases.read_shared(report.pid, report.board)
+        return replace(report, phase=found[0], iteration=found[1], ticks=found[2]) if found else report
 
     def lost(self) -> str:
         """Name the ranks that do not answer, to a rank that has lost its connection to one."""
@@ -145,7 +156,7 @@ class Watch:
             waits, stack = self._look_at_stack()
         limit = self.limits.of(stand)
         here = (stand.phase, stand.iteration, stand.ticks)
-        return Report(self.rank, self._beats, self._host, os.getpid(), *here, stalled, limit, waits, stack)
+        return Report(self.rank, self._beats, self._host, os.getpid(), self._board, *here, stalled, limit, waits, stack)
 
     def _look_at_stack(self) -> tuple[bool, list[str]]:
         frames = sys._current_frames()
@@ -210,12 +221,12 @@ def verdict(reports: list[Report], silent: set[int], stalled: float) -> str | No
     Args:
         reports: of all ranks.
         silent: ranks that do not answer; what they told is old.
-        stalled: seconds since the rank that asks has made progress: as long at least, nobody has heard of the silent.
+        stalled: seconds since the rank that asks has made progress, which was more than it may take there. Phases are
+            the same on all ranks, so a silent one, whose report is old, may not take longer either.
     """
     held_up_by = [report for report in reports if report.rank in silent or not report.waits]
-    for report in held_up_by:
-        if report.limit > (stalled if report.rank in silent else report.stalled):
-            return None
+    if any(report.limit > report.stalled for report in held_up_by if report.rank not in silent):
+        return None
     behind = min((r.ticks for r in held_up_by if r.rank not in silent), default=0)
     culprits = [r for r in held_up_by if r.rank in silent or (not silent and r.ticks == behind)]
     lines = [f"no progress for {stalled / 60:.1f} minutes, so the job ends:"]
@@ -238,7 +249,7 @@ def _accuse(report: Report, silent: bool) -> Iterable[str]:
     if silent:
         yield (
             f"  {report.name} does not answer: stopped, cut off, or in a call that keeps Python from running; last "
-            f"seen in {report.place}"
+            f"known to be in {report.place}"
         )
         return
     yield f"  {report.name} hangs in {report.place}, for {report.stalled:.0f} s, at"
