@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from mindspeed_mm import accelerator
 from mindspeed_mm.arguments import parse_args, report_inert_flags, set_args, validate_args
+from mindspeed_mm.checkpoint.disks import check_shared
 from mindspeed_mm.configs.config import merge_mm_args
 from mindspeed_mm.data.iterators import CyclicIterator
 from mindspeed_mm.distributed import phases, state
@@ -74,6 +75,8 @@ def _run(
         accelerator.use_deterministic_algorithms()
     watch = _join_job(args, store_slot, notes)
     state.print_rank_0(f"time to initialize megatron (seconds): {time.monotonic() - start:.3f}")
+    if args.save:
+        check_shared("--save", args.save)
     sinks = open_sinks(args)
     for plugin in args.plugin:
         load_plugin(plugin)
