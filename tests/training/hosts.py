@@ -14,6 +14,8 @@ from tests.training.job import ROOT, Outcome
 _NAMES = ("mm-a", "mm-b")
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
 _PORT = 29431
+# torchrun tells a host that joins a running rendezvous the address of the store only without this optimisation.
+_REJOIN = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 def _ip(*words: str) -> None:
@@ -103,7 +105,7 @@ class Hosts:
         address = ["--local-addr", ADDRESSES[host]]
         torchrun = [sys.executable, "-m", "torch.distributed.run", *nodes, *rendezvous, *address]
         log = self.folder / f"host_{host}.log"
-        agent = Agent(host, [*torchrun, *command], log, {"GLOO_SOCKET_IFNAME": "eth0"})
+        agent = Agent(host, [*torchrun, *command], log, {"GLOO_SOCKET_IFNAME": "eth0", **_REJOIN})
         self.agents.append(agent)
         return agent
 
