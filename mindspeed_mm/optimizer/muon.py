@@ -101,7 +101,7 @@ class MuonWithAdamW(Optimizer):
                     if parameter.grad is not None:
                         self._step_matrix(parameter, group, found_inf)
         if self._adamw:
-            self._adamw.found_inf = found_inf  # None is what it takes without one
+            self._adamw.found_inf = found_inf
             self._adamw.step()
         return loss
 

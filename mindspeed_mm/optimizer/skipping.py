@@ -17,7 +17,9 @@ def skips_on_device(optimizer: Optimizer) -> bool:
     subclass adds to the step has to look at ``found_inf`` too. Not so SGD: torch's keeps an uninitialised momentum
     when it is the first step that is left out.
     """
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False)) and not isinstance(optimizer, SGD)
+    if not getattr(optimizer, "_step_supports_amp_scaling", False) or isinstance(optimizer, SGD):
+        return False
+    return all(group.get("fused") is not False for group in optimizer.param_groups)  # may have been set after building
 
 
 def step_if_finite(optimizer: Optimizer, grad_norm: Tensor) -> None:
