@@ -71,24 +71,28 @@ def finish_step(seconds: float) -> None:
 
 
 def share() -> int | None:
-    """Keep the marks readable for other processes from now on; return what :func:`read_shared` needs, None if not."""
+    """Keep the marks readable for other processes from now on; return what `open_shared` needs, None if not."""
     global _board
     if not hasattr(os, "memfd_create"):  # Linux only
         return None
-    file = os.memfd_create("phases")  # gone with the process
+    file = os.memfd_create("phases")
     os.ftruncate(file, _BOARD_BYTES)
     _board = mmap.mmap(file, _BOARD_BYTES)
     _tick(_now.iteration)
     return file
 
 
-def read_shared(pid: int, file: int) -> tuple[str, int | None, int] | None:
-    """Return phase, iteration and ticks of a process of this host; None if it is gone or not to be read."""
+def open_shared(pid: int, file: int) -> int | None:
+    """Open the marks of a process of this host, which stay readable when it is gone; None if that is not allowed."""
     try:
-        with open(f"/proc/{pid}/fd/{file}", "rb") as board:
-            phase, iteration, ticks = json.loads(board.read().rstrip(b" \0"))
-    except (OSError, ValueError):
+        return os.open(f"/proc/{pid}/fd/{file}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
         return None
+
+
+def read_shared(opened: int) -> tuple[str, int | None, int]:
+    """Return phase, iteration and ticks of the process whose marks were opened."""
+    phase, iteration, ticks = json.loads(os.pread(opened, _BOARD_BYTES, 0))
     return phase, iteration, ticks
 
 

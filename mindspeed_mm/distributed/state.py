@@ -29,6 +29,12 @@ class RankInfo:
         """Read the launcher's variables; a process started without a launcher is rank 0 of 1."""
         return cls(*(int(os.environ.get(name, default)) for name, default in _RANK_VARIABLES))
 
+    @property
+    def ranks_of_host(self) -> range:
+        """The ranks that this host's launcher started, in the way launchers number them."""
+        first = self.rank - self.local_rank
+        return range(first, min(first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")), self.world_size))
+
 
 _owns_process_group = False
 _timeout: timedelta | None = None

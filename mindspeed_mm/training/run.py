@@ -166,7 +166,7 @@ def _join_job(args: Namespace, store_slot: StoreSlot, notes: list[str]) -> Watch
     if info.world_size == 1 or not state.owns_process_group():
         return None
     store = state.reconnect_store(info, timedelta(seconds=30))
-    watch = Watch(store, info.rank, info.world_size, limits, end_hanging_job)
+    watch = Watch(store, info.rank, info.world_size, info.ranks_of_host, limits, end_hanging_job)
     watch.start()
     store_slot.lost_ranks = watch.lost
     return watch

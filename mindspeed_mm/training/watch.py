@@ -82,6 +82,7 @@ class Watch:
         store: a connection of its own, with a short timeout.
         rank: of this process.
         world_size: ranks of the job.
+        peers: ranks that may be on this host.
         limits: when to end it.
         end: ``end(message, store)`` prints the message and ends this process; a store makes it speak once for the job.
     """
@@ -91,6 +92,7 @@ class Watch:
         store: dist.Store,
         rank: int,
         world_size: int,
+        peers: Iterable[int],
         limits: Limits,
         end: Callable[[str, dist.Store | None], None],
     ) -> None:
@@ -103,6 +105,8 @@ class Watch:
         self._trains = threading.get_ident()
         self._host = socket.gethostname()
         self._board = phases.share()
+        self._boards: dict[int, int | None] = {}
+        self._peers = [other for other in peers if other != rank]
         self._beats = 0
         self._last_talk = time.monotonic()
         self._over = threading.Event()
@@ -126,21 +130,28 @@ class Watch:
 
     def ask(self) -> tuple[list[Report], set[int]]:
         """Return what the ranks told last, and which of them tell nothing any more; takes a few beats."""
-        before = {report.rank: report.beat for report in self._read()}
+        before = {report.rank: report.beat for report in self._read(range(self.world_size))}
         until = time.monotonic() + 2.5 * self.interval
         while time.monotonic() < until:
             self._over.wait(self.interval / 2)
             self.tell()
-        reports = self._read()
+        reports = self._read(range(self.world_size))
         silent = {report.rank for report in reports if report.beat == before.get(report.rank)}
         return [self._look_up(r) if r.rank in silent else r for r in reports], silent
 
     def _look_up(self, report: Report) -> Report:
-        """Return where a silent rank of this host stands now."""
-        if report.host != self._host or report.board is None:
+        """Return where a silent rank of this host stands now, or stood last."""
+        opened = self._boards.get(report.rank)
+        if opened is None:
             return report
-        found = phases.read_shared(report.pid, report.board)
-        return replace(report, phase=found[0], iteration=found[1], ticks=found[2]) if found else report
+        phase, iteration, ticks = phases.read_shared(opened)
+        return replace(report, phase=phase, iteration=iteration, ticks=ticks)
+
+    def _open_boards(self) -> None:
+        for report in self._read(self._peers):
+            self._peers.remove(report.rank)
+            if report.host == self._host and report.board is not None:
+                self._boards[report.rank] = phases.open_shared(report.pid, report.board)
 
     def lost(self) -> str:
         """Name the ranks that do not answer, to a rank that has lost its connection to one."""
@@ -173,14 +184,15 @@ class Watch:
             frame = frame.f_back
         return waits, stack
 
-    def _read(self) -> list[Report]:
-        keys = [f"watch/{rank}" for rank in range(self.world_size)]
+    def _read(self, ranks: Iterable[int]) -> list[Report]:
+        keys = [f"watch/{rank}" for rank in ranks]
         return [Report(**json.loads(self.store.get(key))) for key in keys if self.store.check([key])]
 
     def _talk(self) -> None:
         while not self._over.wait(self.interval):
             try:
                 self.tell()
+                self._open_boards()
                 message = self._judge()
             except RuntimeError:  # the store is out of reach: _guard is there for that
                 continue

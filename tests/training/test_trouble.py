@@ -102,6 +102,6 @@ def test_a_killed_rank_is_named_and_the_restarted_job_goes_on(tmp_path: Path) ->
     outcome = launch(tmp_path, "kill:forward:1:5", "--save-interval", "2", restarts=1)
     assert outcome.code == 0 and newest(tmp_path) == 6, outcome.text
     assert re.search(
-        r"lost contact with rank 1 \(\S+ pid \d+\), last seen in \w+ of iteration \d, which was killed", outcome.text
+        r"lost contact with rank 1 \(\S+ pid \d+\), last seen in forward of iteration 5, which was killed", outcome.text
     ), outcome.text
     assert outcome.ended - start < 200
