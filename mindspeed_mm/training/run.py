@@ -292,7 +292,7 @@ def _train_and_evaluate(
         exits.begin()
         reason = trainer.train(exits)
         if saver:
-            with phase("saving", patient=True):
+            with phase("save", patient=True):
                 saver.finish()
         if reason is not None:
             return True
