@@ -46,6 +46,7 @@ class Checkpointer:
             keep = Retention(args.keep_last, args.keep_every, args.keep_best)
             self.saver = Saver(args.save, beside=args.async_save, keep=keep)
         self._rank_state: dict[str, Any] | None = None
+        self._positions: dict[str, Any] = {}
         self._consumed_samples = 0
         self._has_adapters = adapter_config(hf_model(model)) is not None
         # Weights that do not change and can be read again are not saved.
@@ -100,6 +101,7 @@ class Checkpointer:
         self._rank_state = loaded.rank_state
         self._consumed_samples = loaded.extra["consumed_train_samples"]
         self._loaded = loaded.path
+        self._positions = loaded.extra.get("positions", {})
         if loaded.rank_state is None:
             warn_rank_0(
                 f"{loaded.path} was saved by another number of ranks: the sample order continues where it was, "
@@ -120,6 +122,7 @@ class Checkpointer:
         print_rank_0(f" going back to checkpoint {loaded.path} at iteration {loaded.iteration}")
         self.schedule.load_state_dict(loaded.extra["schedule"])
         self._rank_state, self._consumed_samples = loaded.rank_state, loaded.extra["consumed_train_samples"]
+        self._positions = loaded.extra.get("positions", {})
         self.restore_iterators(iterators)
         self.restore_rng()
         return loaded.iteration, self._consumed_samples
@@ -155,10 +158,11 @@ class Checkpointer:
 
         Iterators that cannot be positioned are advanced batch by batch, which is said, because it takes time.
         """
-        saved = (self._rank_state or {}).get("iterators", {})
+        own = (self._rank_state or {}).get("iterators", {})
         for name, iterator in iterators.items():
             if iterator is None:
                 continue
+            saved = self._positions if getattr(iterator, "shared_position", False) else own
             batches = self._consumed_samples // (self.args.micro_batch_size * self.args.data_parallel_size)
             if name in saved and hasattr(iterator, "load_state_dict"):
                 iterator.load_state_dict(saved[name])
@@ -181,12 +185,13 @@ class Checkpointer:
         """Save the run, with the validation loss of this iteration if there is one. A collective."""
         args = self.args
         assert self.saver is not None
-        rank_state: dict[str, Any] = {
-            "iterators": {name: it.state_dict() for name, it in iterators.items() if hasattr(it, "state_dict")}
-        }
+        states = {name: it.state_dict() for name, it in iterators.items() if hasattr(it, "state_dict")}
+        shared = {name for name in states if getattr(iterators[name], "shared_position", False)}
+        rank_state: dict[str, Any] = {"iterators": {name: states[name] for name in states.keys() - shared}}
         if not args.no_save_rng:
             rank_state["rng"] = accelerator.rng_state()
         extra: dict[str, Any] = {"consumed_train_samples": consumed_samples, "args": plain_values(vars(args))}
+        extra["positions"] = {name: states[name] for name in shared}
         if not args.no_save_optim:
             extra["schedule"] = self.schedule.state_dict()
 

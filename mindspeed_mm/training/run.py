@@ -16,6 +16,7 @@ from mindspeed_mm import accelerator
 from mindspeed_mm.arguments import parse_args, report_inert_flags, set_args, validate_args
 from mindspeed_mm.checkpoint.disks import check_shared
 from mindspeed_mm.configs.config import merge_mm_args
+from mindspeed_mm.data import quarantine
 from mindspeed_mm.data.iterators import CyclicIterator
 from mindspeed_mm.distributed import phases, state
 from mindspeed_mm.distributed.phases import phase
@@ -102,6 +103,9 @@ def _run(
     checkpointer = Checkpointer(args, model, engine.optimizer, schedule)
     with phase("loading"):
         args.iteration, args.consumed_train_samples = checkpointer.load()
+    if args.save and not checkpointer.resumes_itself and dist.get_rank() == 0:
+        quarantine.start_over(args.save)
+    dist.barrier()  # nobody reads or writes the list of bad samples before
     with phase("preparing the data"):
         train, valid, test = _build_iterators(args, dataset_provider)
         checkpointer.restore_iterators(_named_iterators(train, valid))
@@ -132,6 +136,9 @@ def _run(
         with phase("export", patient=True):
             checkpointer.export_hf(args.export_hf)
     trainer.log.close()
+    dist.barrier()  # what the others have quarantined is on the list
+    if args.save and dist.get_rank() == 0 and (summary := quarantine.summarise(args.save)):
+        state.print_rank_0(summary)
     if watch:
         watch.stop()
     state.shutdown()
