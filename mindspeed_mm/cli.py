@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mindspeed_mm.checkpoint import commands
 from mindspeed_mm.errors import UserError, did_you_mean
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 convert_app = typer.Typer(help="Convert weights between Hugging Face folders and checkpoints.", no_args_is_help=True)
 app.add_typer(convert_app, name="convert")
+app.add_typer(commands.app, name="checkpoint")
 data_app = typer.Typer(help="Prepare the data of data.json, and look at them.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 

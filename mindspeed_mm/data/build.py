@@ -145,11 +145,11 @@ def build_mm_dataloader(
     """Build the loader of one rank.
 
     Args:
-        dataset: of ``build_mm_dataset``, or any map-style data set.
+        dataset: of ``build_mm_dataset``, any map-style data set, or an ``IterableDataset`` of ``datasets``.
         dataloader_param: the object of data.json, typed or as a dict.
         process_group: the data-parallel group; by default all ranks, or this process alone.
-        consumed_samples: samples that the group has already trained on. An iterator that sets the epoch itself, as
-            ``build_iterations`` does, overrides it.
+        consumed_samples: samples (packed: sequences) that the group has already trained on, where no checkpoint has the
+            position: one that does overrides it.
         dataset_param: accepted for compatibility, not needed.
 
     Returns:

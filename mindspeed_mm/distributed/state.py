@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -11,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from mindspeed_mm import accelerator
+from mindspeed_mm.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -26,31 +29,88 @@ class RankInfo:
         """Read the launcher's variables; a process started without a launcher is rank 0 of 1."""
         return cls(*(int(os.environ.get(name, default)) for name, default in _RANK_VARIABLES))
 
+    @property
+    def ranks_of_host(self) -> range:
+        """The ranks that this host's launcher started, in the way launchers number them."""
+        first = self.rank - self.local_rank
+        return range(first, min(first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")), self.world_size))
+
 
 _owns_process_group = False
+_timeout: timedelta | None = None
+_attempt = ""
 _RANK_VARIABLES = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
 
 
 def connect_store(info: RankInfo, timeout: timedelta = timedelta(minutes=5)) -> dist.Store:
-    """Return the key-value store of this job (and of this attempt at it, under ``--max-restarts``).
+    """Return the key-value store of this job, and of this attempt at it. All ranks have to call it.
 
     torchrun's agent hosts one store for all attempts. Without a prefix per attempt a restarted gloo job reads
     the addresses of the dead one from it.
+
+    Raises:
+        UserError: not all ranks came within ``timeout``; on rank 0 it names them.
     """
+    global _attempt
     if dist.is_initialized():
         return dist.PrefixStore("mindspeed_mm", dist.distributed_c10d._get_default_store())
     if info.world_size == 1 and "MASTER_ADDR" not in os.environ:
         return dist.HashStore()
+    store = open_store(info, timeout)
+    _attempt = _agree_on_attempt(store, info, timeout)
+    return dist.PrefixStore(_attempt, store)
+
+
+def reconnect_store(info: RankInfo, timeout: timedelta) -> dist.Store:
+    """Return another connection to what :func:`connect_store` returned: one waits while another thread uses it."""
+    return dist.PrefixStore(_attempt, open_store(info, timeout, host=False))
+
+
+def open_store(info: RankInfo, timeout: timedelta, *, host: bool = True) -> dist.Store:
+    """Connect to the store at ``MASTER_ADDR``, or ``host`` it, if this is for rank 0 to do."""
     agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(
+    return dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         world_size=info.world_size,
-        is_master=info.rank == 0 and not agent_hosts,
+        is_master=host and info.rank == 0 and not agent_hosts,
         timeout=timeout,
         multi_tenant=True,
     )
-    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _agree_on_attempt(store: dist.Store, info: RankInfo, timeout: timedelta) -> str:
+    """Return a name that all ranks of this attempt, and only they, know.
+
+    ``TORCHELASTIC_RESTART_COUNT`` is none: every agent counts for itself, and that of a host that came back starts
+    at 0. So rank 0 makes up a name, the others sign in under it, and rank 0 lets in who did. Who read the name of an
+    earlier attempt does not find its own signature there and looks again.
+    """
+    deadline = time.monotonic() + timeout.total_seconds()
+    mine, signed = uuid.uuid4().hex, ""
+    others = range(1, info.world_size)
+    if info.rank == 0:
+        store.set("attempt", mine)
+        missing = list(others)
+        while missing := [rank for rank in missing if not store.check([f"{mine}/here/{rank}"])]:
+            _wait_for(missing, deadline)
+        store.set(f"{mine}/all", ",".join(store.get(f"{mine}/here/{rank}").decode() for rank in others))
+        return mine
+    while True:
+        attempt = store.get("attempt").decode()
+        if attempt != signed:
+            store.set(f"{attempt}/here/{info.rank}", mine)
+            signed = attempt
+        if store.check([f"{attempt}/all"]) and mine in store.get(f"{attempt}/all").decode().split(","):
+            return attempt
+        _wait_for([], deadline)
+
+
+def _wait_for(missing: list[int], deadline: float) -> None:
+    if time.monotonic() > deadline:
+        who = f"rank(s) {', '.join(map(str, missing[:16]))} of this job" if missing else "all ranks of this job"
+        raise UserError(f"timed out waiting for {who} to start; see what they or their hosts print.")
+    time.sleep(0.1)
 
 
 def initialize(store: dist.Store | None, info: RankInfo, *, backend: str, timeout: timedelta | None) -> None:
@@ -58,7 +118,8 @@ def initialize(store: dist.Store | None, info: RankInfo, *, backend: str, timeou
 
     A process group or megatron-core groups that exist already are used as they are.
     """
-    global _owns_process_group
+    global _owns_process_group, _timeout
+    _timeout = timeout
     accelerator.set_device(info.local_rank)
     if not dist.is_initialized():
         dist.init_process_group(backend, store=store, rank=info.rank, world_size=info.world_size, timeout=timeout)
@@ -67,7 +128,18 @@ def initialize(store: dist.Store | None, info: RankInfo, *, backend: str, timeou
     from megatron.core import parallel_state
 
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel()
+        minutes = {} if timeout is None else {"distributed_timeout_minutes": timeout.total_seconds() / 60}
+        parallel_state.initialize_model_parallel(**minutes)
+
+
+def host_group(ranks: list[int] | None = None) -> dist.ProcessGroup:
+    """Return a new gloo group of ``ranks``, default all, with the job's patience: gloo's own is 30 minutes."""
+    return dist.new_group(ranks, backend="gloo", timeout=_timeout)
+
+
+def owns_process_group() -> bool:
+    """Return whether this process is ours: :func:`initialize` joined the job, not somebody who runs us in theirs."""
+    return _owns_process_group
 
 
 def shutdown() -> None:

@@ -12,6 +12,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from mindspeed_mm.distributed.grad_norm import clip_by_norm, scale_gradients, total_grad_norm
+from mindspeed_mm.distributed.phases import phase
+from mindspeed_mm.distributed.state import host_group
 from mindspeed_mm.engine.base import ForwardStep, Report, StepResult
 from mindspeed_mm.engine.loss_result import LossResult, at_least_one, read_loss
 from mindspeed_mm.errors import UserError
@@ -60,7 +62,7 @@ class FSDP2Engine:
         self.fsdp_roots = _outermost(module)
         # What only the hosts know is agreed between hosts, so that they do not wait for their devices.
         ranks = dist.get_process_group_ranks(group)
-        self._host_group = dist.new_group(ranks, backend="gloo") if self.replicated else None
+        self._host_group = host_group(ranks) if self.replicated else None
 
     def forward_backward(
         self,
@@ -75,12 +77,14 @@ class FSDP2Engine:
         for index in range(num_microbatches):
             if not forward_only:
                 self._reduce_after_this(index == num_microbatches - 1)
-            result = self._forward(forward_step, data_iterator)
+            with phase("forward"):
+                result = self._forward(forward_step, data_iterator)
             if not forward_only:
                 loss = self._to_optimise(result, num_microbatches)
                 if result.num_tokens is not None:
                     token_counts.append(result.num_tokens)
-                loss.backward(_one_if_finite(loss))
+                with phase("backward"):
+                    loss.backward(_one_if_finite(loss))
             reports.append(result.report)
         if not forward_only:
             self._reduce_replicated()
@@ -90,11 +94,12 @@ class FSDP2Engine:
 
     def optimizer_step(self) -> StepResult:
         """Clip, update the weights unless the gradient is not finite, and clear the gradients."""
-        norm = total_grad_norm(self.parameters)
-        if self.clip_grad > 0:
-            clip_by_norm(self.parameters, norm, self.clip_grad)
-        step_if_finite(self.optimizer, norm)
-        self.optimizer.zero_grad(set_to_none=True)
+        with phase("optimizer"):
+            norm = total_grad_norm(self.parameters)
+            if self.clip_grad > 0:
+                clip_by_norm(self.parameters, norm, self.clip_grad)
+            step_if_finite(self.optimizer, norm)
+            self.optimizer.zero_grad(set_to_none=True)
         return StepResult(norm)
 
     def _forward(self, forward_step: ForwardStep, data_iterator: Iterator[Any] | None) -> LossResult:

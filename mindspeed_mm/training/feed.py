@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mindspeed_mm.distributed.phases import phase
 from mindspeed_mm.errors import UserError
 
 Check = Callable[[Any, Callable[[], list[str] | None]], None]
@@ -68,7 +69,8 @@ class Feed:
     def _fetch(self) -> Any:
         start = time.perf_counter()
         try:
-            batch = next(self._source)
+            with phase("data"):
+                batch = next(self._source)
         except StopIteration:
             raise UserError(
                 f"The {self._name} iterator ended after {self._batches} batches, before the run did. Return a "

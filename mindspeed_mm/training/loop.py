@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from mindspeed_mm.distributed.phases import begin_step, finish_step, phase
 from mindspeed_mm.distributed.state import print_rank_0
 from mindspeed_mm.engine import Engine
 from mindspeed_mm.engine.base import ForwardStep
@@ -26,6 +27,8 @@ class Progress:
     iteration: int
     consumed_samples: int
     publish: Callable[[int, int], None]
+    evaluated: tuple[int, float] | None = None
+    """Iteration and validation loss of the newest evaluation."""
 
     def advance(self, samples: int) -> None:
         """Count one finished step."""
@@ -35,6 +38,11 @@ class Progress:
         """Stand after ``iteration``."""
         self.iteration, self.consumed_samples = iteration, consumed_samples
         self.publish(iteration, consumed_samples)
+
+    @property
+    def validation_loss(self) -> float | None:
+        """The validation loss of this iteration, or None if it was not evaluated."""
+        return self.evaluated[1] if self.evaluated and self.evaluated[0] == self.iteration else None
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,12 @@ class Trainer:
                 self._save()
                 saved_at = iteration
             reason = exits.reason(iteration)
+            if exits.save_asked and self.save and not reason and saved_at != iteration:
+                if (bad := self.nonfinite.settle()) is None:
+                    self._save()
+                    saved_at = iteration
+                else:
+                    saved_at = self._roll_back(bad)
         if (bad := self.nonfinite.settle()) is not None:
             saved_at = self._roll_back(bad)
         self.log.flush()
@@ -114,24 +128,29 @@ class Trainer:
         """Evaluate on ``eval_iters`` global batches of each data set, print and record the result."""
         if self.cadence.gc_before_evaluation:
             gc.collect()
-        losses = evaluate(
-            self.engine,
-            self.forward_step,
-            iterators,
-            steps=self.cadence.eval_iters,
-            num_microbatches=self.num_microbatches,
-            name=name,
-            check=self.feed.check,
-        )
+        with phase("evaluation"):
+            losses = evaluate(
+                self.engine,
+                self.forward_step,
+                iterators,
+                steps=self.cadence.eval_iters,
+                num_microbatches=self.num_microbatches,
+                name=name,
+                check=self.feed.check,
+            )
         print_losses(where, losses)
+        if name == "validation":
+            self.progress.evaluated = (self.progress.iteration, next(iter(losses.values())))
         self.log.validation(self.progress.iteration, self.progress.consumed_samples, losses)
         if self.generate and name == "validation":
-            self.generate()
+            with phase("generation", patient=True):
+                self.generate()
         return losses
 
     def _step(self) -> WatchedStep | None:
         """Make a step; return the step that has to be rolled back, if one turns out to be bad."""
         start = time.perf_counter()
+        begin_step(self.progress.iteration + 1)
         self.feed.start_step(self.progress.consumed_samples)
         reports = self.engine.forward_backward(self.forward_step, self.feed, self.num_microbatches)
         if (bad := self.nonfinite.settle()) is not None:  # the step before, long over on the device
@@ -156,6 +175,7 @@ class Trainer:
         if self._is_looked_at(record.iteration):
             bad = self.nonfinite.settle()
             self.log.write()
+        finish_step(record.seconds)
         return bad
 
     def _is_looked_at(self, iteration: int) -> bool:
@@ -177,4 +197,5 @@ class Trainer:
     def _save(self) -> None:
         self.log.flush()  # what metrics.jsonl says never lags behind what a checkpoint holds
         assert self.save is not None
-        self.save()
+        with phase("save", patient=True):
+            self.save()

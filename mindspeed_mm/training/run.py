@@ -14,10 +14,12 @@ import torch.distributed as dist
 
 from mindspeed_mm import accelerator
 from mindspeed_mm.arguments import parse_args, report_inert_flags, set_args, validate_args
+from mindspeed_mm.checkpoint.disks import check_shared
 from mindspeed_mm.configs.config import merge_mm_args
 from mindspeed_mm.data import quarantine
 from mindspeed_mm.data.iterators import CyclicIterator
-from mindspeed_mm.distributed import state
+from mindspeed_mm.distributed import phases, state
+from mindspeed_mm.distributed.phases import phase
 from mindspeed_mm.engine.fsdp2 import FSDP2Engine
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.plugins import load_plugin
@@ -28,7 +30,7 @@ from mindspeed_mm.training.callbacks import Iterators, call_dataset_provider
 from mindspeed_mm.training.checkpointing import Checkpointer
 from mindspeed_mm.training.evaluation import FULL_PASS, check_full_pass
 from mindspeed_mm.training.exits import ExitWatch
-from mindspeed_mm.training.failures import StoreSlot
+from mindspeed_mm.training.failures import StoreSlot, end_hanging_job
 from mindspeed_mm.training.generation import GenerationCheck
 from mindspeed_mm.training.loop import Cadence, Progress, Trainer
 from mindspeed_mm.training.manifest import describe_run, write_manifest
@@ -36,9 +38,11 @@ from mindspeed_mm.training.model_setup import build_model
 from mindspeed_mm.training.nonfinite import NonFinitePolicy
 from mindspeed_mm.training.optimizer_setup import optimizer_from, parameter_groups, schedule_from
 from mindspeed_mm.training.reporting import TrainingLog
+from mindspeed_mm.training.saving import Saver
 from mindspeed_mm.training.sinks import Sink, open_sinks
 from mindspeed_mm.training.step_feed import LeftOut, StepFeed
 from mindspeed_mm.training.token_check import TokenCheck
+from mindspeed_mm.training.watch import Limits, Watch
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -52,13 +56,29 @@ def run(
     store_slot: StoreSlot,
 ) -> None:
     """Train as :func:`mindspeed_mm.training.pretrain` describes."""
-    start = time.monotonic()
+    phases.prepare()
     args, notes = _prepare_args(extra_args_provider, args_defaults)
+    with ExitWatch(args.exit_duration_in_mins, args.exit_interval) as exits:
+        _run(args, notes, exits, dataset_provider, model_provider, forward_step, store_slot)
+
+
+def _run(
+    args: Namespace,
+    notes: list[str],
+    exits: ExitWatch,
+    dataset_provider: Callable[..., Any],
+    model_provider: Callable[..., Any],
+    forward_step: Callable[..., Any],
+    store_slot: StoreSlot,
+) -> None:
+    start = time.monotonic()
     if args.use_deter_comp:  # before the device and the collective library are first used
         notes += [f"--use-deter-comp: {limit}" for limit in accelerator.determinism_limits()]
         accelerator.use_deterministic_algorithms()
-    _join_job(args, store_slot, notes)
+    watch = _join_job(args, store_slot, notes)
     state.print_rank_0(f"time to initialize megatron (seconds): {time.monotonic() - start:.3f}")
+    if args.save:
+        check_shared("--save", args.save)
     sinks = open_sinks(args)
     for plugin in args.plugin:
         load_plugin(plugin)
@@ -68,7 +88,8 @@ def run(
     if args.allow_tf32:
         accelerator.allow_tf32()
     accelerator.seed_all(args.seed)
-    model, plan = build_model(args, model_provider)
+    with phase("building the model"):
+        model, plan = build_model(args, model_provider)
     groups = parameter_groups(args, model)
     engine = FSDP2Engine(
         model,
@@ -80,12 +101,14 @@ def run(
     )
     schedule = schedule_from(args, engine.optimizer)
     checkpointer = Checkpointer(args, model, engine.optimizer, schedule)
-    args.iteration, args.consumed_train_samples = checkpointer.load()
+    with phase("loading"):
+        args.iteration, args.consumed_train_samples = checkpointer.load()
     if args.save and not checkpointer.resumes_itself and dist.get_rank() == 0:
         quarantine.start_over(args.save)
     dist.barrier()  # nobody reads or writes the list of bad samples before
-    train, valid, test = _build_iterators(args, dataset_provider)
-    checkpointer.restore_iterators(_named_iterators(train, valid))
+    with phase("preparing the data"):
+        train, valid, test = _build_iterators(args, dataset_provider)
+        checkpointer.restore_iterators(_named_iterators(train, valid))
     if args.save:
         write_manifest(args.save, describe_run(args, groups))
     # Dropout differs between data-parallel ranks; a resumed run continues its own streams instead.
@@ -98,22 +121,26 @@ def run(
         check = GenerationCheck(model, valid, args.eval_generate, args.params_dtype)
         trainer.generate = lambda: check.run(trainer.progress, trainer.log)
     trainer.observers = [profiler.step, memory_profiler.step]
+    if checkpointer.saver:
+        trainer.observers.append(checkpointer.saver.check)
     if args.nan_policy == "rollback" and not args.skip_train:
         _prepare_rollback(trainer, checkpointer, train)
     profiler.start()
     try:
-        with ExitWatch(args.exit_duration_in_mins, args.exit_interval) as exits:
-            stopped = _train_and_evaluate(args, trainer, exits, valid, test)
+        stopped = _train_and_evaluate(args, trainer, exits, valid, test, checkpointer.saver)
     finally:
         profiler.stop()
         memory_profiler.stop()
         trainer.log.stop_progress()
     if args.export_hf and not stopped:
-        checkpointer.export_hf(args.export_hf)
+        with phase("export", patient=True):
+            checkpointer.export_hf(args.export_hf)
     trainer.log.close()
     dist.barrier()  # what the others have quarantined is on the list
     if args.save and dist.get_rank() == 0 and (summary := quarantine.summarise(args.save)):
         state.print_rank_0(summary)
+    if watch:
+        watch.stop()
     state.shutdown()
 
 
@@ -132,17 +159,27 @@ def _prepare_args(provider: Callable[..., Any] | None, defaults: dict[str, Any])
     return args, notes
 
 
-def _join_job(args: Namespace, store_slot: StoreSlot, notes: list[str]) -> None:
+def _join_job(args: Namespace, store_slot: StoreSlot, notes: list[str]) -> Watch | None:
+    """Join the other ranks; return what watches over them, None where there are none or the job is another's."""
     info = state.RankInfo.from_environment()
     requested = args.distributed_backend if "distributed_backend" in args.explicit else None
     backend, warning = accelerator.resolve_backend(requested)
     store_slot.store = state.connect_store(info)
-    timeout = timedelta(minutes=args.distributed_timeout_minutes)
+    limits = Limits(60 * args.distributed_timeout_minutes, 60 * args.preparation_timeout_minutes)
+    # The libraries' own timeout comes after ours, which tells a slow preparation from a rank that hangs.
+    timeout = timedelta(seconds=limits.training + limits.preparing)
     state.initialize(store_slot.store, info, backend=backend, timeout=timeout)
     if warning:
         state.warn_rank_0(warning)
     for note in notes:
         state.print_rank_0(note)
+    if info.world_size == 1 or not state.owns_process_group():
+        return None
+    store = state.reconnect_store(info, timedelta(seconds=30))
+    watch = Watch(store, info.rank, info.world_size, info.ranks_of_host, limits, end_hanging_job)
+    watch.start()
+    store_slot.lost_ranks = watch.lost
+    return watch
 
 
 def _build_iterators(args: Namespace, provider: Callable[..., Any]) -> Iterators:
@@ -179,7 +216,9 @@ def _build_trainer(
     iterators = _named_iterators(train, valid)
     save = None
     if args.save:
-        save = lambda: checkpointer.save(progress.iteration, progress.consumed_samples, iterators)  # noqa: E731
+        save = lambda: checkpointer.save(  # noqa: E731
+            progress.iteration, progress.consumed_samples, iterators, progress.validation_loss
+        )
     # 6 x parameters is the usual estimate for forward and backward of a token (Kaplan et al., 2020).
     parameters = sum(p.numel() for p in engine.module.parameters())
     log = TrainingLog(
@@ -252,12 +291,19 @@ def _train_and_evaluate(
     exits: ExitWatch,
     valid: dict[str, Iterator[Any]],
     test: dict[str, Iterator[Any]],
+    saver: Saver | None,
 ) -> bool:
     """Return whether the run was stopped early."""
     if not args.skip_train:
         state.print_rank_0("training ...")
-        if trainer.train(exits) is not None:
+        exits.begin()
+        reason = trainer.train(exits)
+        if saver:
+            with phase("save", patient=True):
+                saver.finish()
+        if reason is not None:
             return True
+        exits.end()
         state.print_rank_0("after training is done")
     for iterators, name in ((valid, "validation"), (test, "test")):
         if iterators and args.eval_iters:

@@ -193,6 +193,30 @@ def test_keys_without_effect_are_named_once(dataset_param, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"max_seq_len": 160},
+        {"sampler_type": "LengthGroupedSampler"},
+        {"use_data_balance": True, "global_batch_size": 4},
+    ],
+)
+def test_batches_that_lengths_decide(values, dataset_param, tmp_path):
+    text = [
+        {"messages": [*TEXT_ROW["messages"][:1], {"role": "assistant", "content": f"{n} is" * n}]} for n in range(1, 9)
+    ]
+    dataset = build_mm_dataset(dataset_param([*save_digits(tmp_path), *text]))
+    assert dataset.sizes[:, 0].tolist() == [len(dataset[n]["input_ids"]) for n in range(16)]
+    batches = list(build_mm_dataloader(dataset, {"batch_size": 1, **values}))
+    expected = [*(f"The answer is {n}." for n in range(8)), *(f"{n} is" * n for n in range(1, 9))]
+    assert sorted(texts(batches, dataset)) == sorted(expected)
+    if "max_seq_len" in values:
+        assert max(batch["input_ids"].numel() for batch in batches) <= 160
+        assert max(len(batch["input_ids"]) for batch in batches) > 1 and len(batches) < 12
+    else:
+        assert len(batches) == 16
+
+
 def texts(batches, dataset) -> list[str]:
     return [answer for batch in batches for answer in answers(batch, dataset)]
 

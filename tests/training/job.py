@@ -164,11 +164,27 @@ def launch(job: Job, *, nproc: int = 2, timeout: float = 150.0, env: dict[str, s
     Raises:
         subprocess.TimeoutExpired: it hangs.
     """
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
+    return torchrun(job.command(), job.folder, "--standalone", nproc=nproc, timeout=timeout, env=env)
+
+
+def torchrun(
+    command: list[str],
+    folder: Path,
+    *options: str,
+    nproc: int = 2,
+    timeout: float = 150.0,
+    env: dict[str, str] | None = None,
+) -> Outcome:
+    """Run a script with its flags by torchrun, with the given options of torchrun's own.
+
+    Raises:
+        subprocess.TimeoutExpired: it hangs.
+    """
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(nproc), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}
     process = subprocess.run(
-        torchrun + job.command(),
-        cwd=job.folder,
+        launcher + command,
+        cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -317,7 +317,10 @@ def forward_step(it, model):
     )
     job.flags["num-workers"] = 1
     outcome = launch(job)
-    check(outcome, r"^error \(rank 0\): lost contact with another rank, which was killed or hangs: .*")
+    check(
+        outcome,
+        r"^error \(rank 0\): lost contact with rank 1 \(\S+ pid \d+\), last seen in forward of iteration 3, which was",
+    )
     assert len(outcome.losses) == 2 and "exitcode  : -9" in outcome.text
     killed = re.search(r"killed at (\S+)", outcome.text)
     assert killed and outcome.ended - float(killed[1]) < 30

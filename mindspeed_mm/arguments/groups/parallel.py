@@ -5,7 +5,19 @@ from __future__ import annotations
 import argparse
 import re
 
-from mindspeed_mm.arguments.flag import PATH, SWITCH, SWITCH_OFF, Flag, Group, Inert, Kind, Refused, integer, one_of
+from mindspeed_mm.arguments.flag import (
+    PATH,
+    SWITCH,
+    SWITCH_OFF,
+    Flag,
+    Group,
+    Inert,
+    Kind,
+    Refused,
+    integer,
+    one_of,
+    real,
+)
 
 _BACKENDS = ("hccl", "nccl", "gloo", "mpi", "npu:hccl,cpu:gloo", "cuda:nccl,cpu:gloo")
 
@@ -29,7 +41,19 @@ DISTRIBUTED = Group(
     "processes and communication",
     (
         Flag("--distributed-backend", _BACKEND, "hccl", "collective library; one that is not there is replaced"),
-        Flag("--distributed-timeout-minutes", integer(1), 10, "how long a collective may wait"),
+        Flag(
+            "--distributed-timeout-minutes",
+            real(0.01),
+            10,
+            "how long a rank may stand still in training before the job ends and names it; never less than three times "
+            "the slowest step",
+        ),
+        Flag(
+            "--preparation-timeout-minutes",
+            real(0.01),
+            120,
+            "the same until the first step is over, and while saving, exporting and generating",
+        ),
         Flag("--local-rank", integer(0), 0, "set by torch.distributed.launch; torchrun sets LOCAL_RANK instead"),
     ),
 )
