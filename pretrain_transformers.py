@@ -75,7 +75,7 @@ def train_valid_test_datasets_provider(train_val_test_num_samples: list[int]) ->
         train, valid = datasets
     else:
         train, valid = datasets, None
-        if val_rate := dataset_param.basic_parameters.get("val_rate"):
+        if val_rate := getattr(dataset_param.basic_parameters, "val_rate", None):
             split = train.train_test_split(test_size=val_rate, seed=args.seed)
             train, valid = split["train"], split["test"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from enum import Enum
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mindspeed_mm.checkpoint import commands
 from mindspeed_mm.errors import UserError, did_you_mean
 
 app = typer.Typer(
@@ -21,6 +23,9 @@ app = typer.Typer(
 )
 convert_app = typer.Typer(help="Convert weights between Hugging Face folders and checkpoints.", no_args_is_help=True)
 app.add_typer(convert_app, name="convert")
+app.add_typer(commands.app, name="checkpoint")
+data_app = typer.Typer(help="Prepare the data of data.json, and look at them.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 
 
 class Dtype(str, Enum):
@@ -90,6 +95,46 @@ def lora_merge(
     torch_dtype = getattr(torch, dtype.value) if dtype else None
     path = lora_merge(hf_dir, adapter, save_dir, torch_dtype, trust_remote_code)
     print(f"wrote {path}; load it with from_pretrained")
+
+
+_MMData = Annotated[Path, typer.Option(help="data.json.")]
+_SeqLength = Annotated[int | None, typer.Option(help="As in training: the longest sample, in tokens.")]
+_Workers = Annotated[int, typer.Option(help="Processes; 0: as many as there are cores.")]
+
+
+@data_app.command("prepare")
+def data_prepare(
+    mm_data: _MMData,
+    seq_length: _SeqLength = None,
+    workers: _Workers = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Prepare again what the cache has.")] = False,
+    trust_remote_code: _TrustRemoteCode = False,
+) -> None:
+    """Look at every sample before training. Can be interrupted, and run on several nodes that share the cache."""
+    from mindspeed_mm.data import commands
+
+    options = argparse.Namespace(mm_data=mm_data, seq_length=seq_length, trust_remote_code=trust_remote_code)
+    commands.prepare_command(options, workers or _cores(), overwrite)
+
+
+@data_app.command("inspect")
+def data_inspect(
+    mm_data: _MMData,
+    seq_length: _SeqLength = None,
+    samples: Annotated[int, typer.Option(help="How many samples to render.")] = 3,
+    out: Annotated[Path | None, typer.Option(help="Folder for report.html and the histograms.")] = None,
+    workers: _Workers = 0,
+    trust_remote_code: _TrustRemoteCode = False,
+) -> None:
+    """Show what the data are: counts, lengths, bad rows and why, and samples with what is trained on marked."""
+    from mindspeed_mm.data import commands
+
+    options = argparse.Namespace(mm_data=mm_data, seq_length=seq_length, trust_remote_code=trust_remote_code)
+    commands.inspect_command(options, workers or _cores(), samples, out)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # The documented converters differ in how they call the same folders.

@@ -19,6 +19,7 @@ from mindspeed_mm.configs.data import (
     HuggingFaceAttributes,
     HuggingFaceBasic,
     HuggingFacePreprocess,
+    MixtureSource,
 )
 from mindspeed_mm.configs.fsdp2 import Fsdp2Config
 from mindspeed_mm.configs.model import LossConfig, ModelConfig
@@ -122,6 +123,7 @@ DOCUMENTED: list[tuple[str, type[Config], set[str]]] = [
     ("data.md", HuggingFacePreprocess, set()),
     ("data.md", HuggingFaceBasic, set()),
     ("data.md", HuggingFaceAttributes, set()),
+    ("sampling.md", MixtureSource, {"dataset"}),
     ("data.md", DataloaderParam, {"collate_param"}),
     ("data.md", CollateParam, set()),
     ("model_json.md", LossConfig, set()),

@@ -41,7 +41,7 @@ GPT_ARGS="
     --clip-grad 1.0 \
     --calculate-per-token-loss \
     --seed 42 \
-    --num-workers 0
+    --num-workers 1
 "
 
 MM_ARGS="

@@ -95,6 +95,11 @@ def _contradictions(args: Namespace, road: str) -> Iterator[str]:
         else:
             yield from _learning_rate(args)
     yield from _weight_decay(args)
+    if args.keep_best and (not args.eval_iters or not args.save_interval or args.save_interval % args.eval_interval):
+        yield (
+            f"--keep-best {args.keep_best}: --save-interval {args.save_interval} must be a multiple of --eval-interval "
+            f"{args.eval_interval}, with --eval-iters above 0, so that what is saved has been evaluated"
+        )
     if args.nan_policy == "rollback":
         if not args.save:
             yield "--nan-policy rollback goes back to a checkpoint of --save; add --save, or use --nan-policy skip"

@@ -8,14 +8,16 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from mindspeed_mm.checkpoint.coordination import rank, run_together
+from mindspeed_mm.checkpoint.python_state import write_flushed
 from mindspeed_mm.checkpoint.tensors import adapted_layers, named_tensors
 from mindspeed_mm.errors import UserError
 
@@ -33,27 +35,22 @@ _SETTINGS = {
 }
 
 
-class AdapterFolder:
-    """The adapters of a model, gathered, to be written where peft finds them.
+def adapter_files(model: nn.Module) -> dict[str, bytes]:
+    """Return the two files in which peft finds the adapters of a plain or sharded model: on rank 0, else none.
 
-    Args:
-        model: what the adapters were put into, plain or sharded. Every rank has to construct this.
+    Every rank calls this.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._config = adapter_config(model)
-        self._tensors: dict[str, torch.Tensor] = {}
-        for (name, *_), tensor in named_tensors(model, "adapters").items():
-            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if rank() == 0:
-                self._tensors[ADAPTER_PREFIX + name_on_disk(name)] = full.cpu().contiguous()
-
-    def write(self, folder: Path) -> None:
-        """Write the two files, on rank 0."""
-        if rank() != 0:
-            return
-        save_file(self._tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        self._config.save_pretrained(str(folder))
+    tensors: dict[str, torch.Tensor] = {}
+    for (name, *_), tensor in named_tensors(model, "adapters").items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if rank() == 0:
+            tensors[ADAPTER_PREFIX + name_on_disk(name)] = full.cpu().contiguous()
+    if rank() != 0:
+        return {}
+    with TemporaryDirectory() as folder:
+        adapter_config(model).save_pretrained(folder)
+        config = (Path(folder) / ADAPTER_CONFIG).read_bytes()
+    return {ADAPTER_CONFIG: config, ADAPTER_WEIGHTS: save(tensors, metadata={"format": "pt"})}
 
 
 def export_adapter(model: nn.Module, folder: str | Path) -> Path:
@@ -65,12 +62,12 @@ def export_adapter(model: nn.Module, folder: str | Path) -> Path:
         UserError: rank 0 could not write; raised on all ranks.
     """
     folder = Path(folder)
-    files = AdapterFolder(model)
+    files = adapter_files(model)
 
     def write() -> None:
-        if rank() == 0:
+        for name, content in files.items():
             folder.mkdir(parents=True, exist_ok=True)
-        files.write(folder)
+            write_flushed(folder / name, content)
 
     run_together(f"exporting to {folder}", write)
     return folder

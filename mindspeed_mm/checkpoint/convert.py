@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 import transformers
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from transformers import AutoConfig, PreTrainedModel
@@ -23,7 +22,8 @@ from mindspeed_mm.checkpoint.hf_import import check_import
 from mindspeed_mm.checkpoint.hf_layout import ImportStep, plan_import, skeleton
 from mindspeed_mm.checkpoint.optimizer_state import PREFIX
 from mindspeed_mm.checkpoint.publish import RELEASE, find, publish
-from mindspeed_mm.checkpoint.store import MODEL, read_metadata, read_tensors, write_tensors
+from mindspeed_mm.checkpoint.store import MODEL, write_part
+from mindspeed_mm.checkpoint.tensor_files import DigestingPlanner, read_metadata, read_tensors
 from mindspeed_mm.checkpoint.tensors import listing, named_tensors
 from mindspeed_mm.errors import UserError
 
@@ -42,7 +42,7 @@ def hf_to_dcp(hf_dir: str | Path, dcp_dir: str | Path, trust_remote_code: bool =
     with open_model(Path(hf_dir), trust_remote_code) as weights:
         tensors = {_PREFIX + name: tensor for name, tensor in weights.on_meta().items()}
         planner = _StreamingPlanner(weights)
-        return publish(Path(dcp_dir), RELEASE, lambda folder: write_tensors(tensors, folder, planner))
+        return publish(Path(dcp_dir), RELEASE, lambda folder: write_part(tensors, folder, planner))
 
 
 def dcp_to_hf(
@@ -194,7 +194,7 @@ def open_model(hf_dir: Path, trust_remote_code: bool = False) -> Iterator[ModelF
         yield ModelFolder(bare, stored, {key: (name, owner[name]) for key, name in source.items()})
 
 
-class _StreamingPlanner(dcp.DefaultSavePlanner):
+class _StreamingPlanner(DigestingPlanner):
     """Plans a save from tensors on meta and reads each weight when the writer asks for it."""
 
     def __init__(self, weights: ModelFolder) -> None:

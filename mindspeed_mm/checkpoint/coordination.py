@@ -21,6 +21,20 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def group_position(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
+    """Return this rank's number among those of ``group`` (default all) and how many they are."""
+    return (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
+
+
+def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Return what every rank passes, in the order of the ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def condense(error: BaseException) -> str:
     """Return one line for an error, also for DCP's, whose own text is a page for each rank."""
     if isinstance(error, CheckpointException) and error.failures:
@@ -48,12 +62,8 @@ def run_together(what: str, action: Callable[[], Any], group: dist.ProcessGroup 
         kind = UserError if isinstance(e, UserError | OSError | CheckpointException) else RuntimeError
         text = str(e) if isinstance(e, UserError) else f"{what} failed on rank {rank()}: {condense(e)}"
         report = (kind, text)
-    reports = [report]
-    if dist.is_initialized():
-        reports = [None] * dist.get_world_size(group)
-        dist.all_gather_object(reports, report, group=group)
-    for report in reports:
-        if report is not None:
-            kind, text = report
+    for of_rank in gather(report, group):
+        if of_rank is not None:
+            kind, text = of_rank
             raise kind(text) from error
     return result

@@ -1,8 +1,8 @@
 """Where checkpoints lie, how one becomes visible and how one is found.
 
 A folder of checkpoints holds ``iter_0000100/`` (or ``release/`` for converted weights) and the tracker file that
-names the newest. A checkpoint is written under a staging name and renamed when every byte is on the disk, then
-the tracker is replaced: whenever the job is killed, what the tracker names is whole.
+names the newest. A checkpoint is written under a staging name, gets its manifest and is renamed when every byte is on
+the disk; then the tracker is replaced. Whenever the job is killed, what the tracker names is whole.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from mindspeed_mm.checkpoint.coordination import rank, run_together
+from mindspeed_mm.checkpoint import manifest
+from mindspeed_mm.checkpoint.coordination import gather, rank, run_together, world_size
+from mindspeed_mm.checkpoint.manifest import Part
 from mindspeed_mm.errors import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 _STAGING = ".staging"
 _REPLACED = ".replaced"
+_REMOVED = ".removed"
 _REMEDY = "Give the --save folder of an earlier run, or leave --load out to start from the initial weights."
 
 
@@ -29,10 +32,29 @@ def folder_name(iteration: int) -> str:
     return f"iter_{iteration:07d}"
 
 
-def publish(save_dir: Path, name: str, write: Callable[[Path], None], group: dist.ProcessGroup | None = None) -> Path:
+def iteration_of(folder: Path) -> int | None:
+    """Return the iteration in a checkpoint folder's name, or None for ``release`` and anything else."""
+    digits = folder.name.removeprefix("iter_")
+    return int(digits) if folder.name.startswith("iter_") and digits.isdigit() else None
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Return the published checkpoints of a folder, the oldest first and ``release`` before them."""
+    found = [p for p in folder.iterdir() if (p.name == RELEASE or iteration_of(p) is not None) and is_checkpoint(p)]
+    return sorted(found, key=lambda path: -1 if (iteration := iteration_of(path)) is None else iteration)
+
+
+def publish(
+    save_dir: Path,
+    name: str,
+    write: Callable[[Path], Part],
+    group: dist.ProcessGroup | None = None,
+    validation_loss: float | None = None,
+) -> Path:
     """Write a checkpoint with ``write(staging_folder)`` on every rank, then make it the newest one.
 
-    ``write`` must have its files on the disk (fsync) when it returns.
+    ``write`` must have its files on the disk (fsync) when it returns what it wrote. ``validation_loss`` goes into
+    the manifest.
 
     Raises:
         UserError: writing failed on some rank; raised on all. What was saved before is untouched.
@@ -41,8 +63,16 @@ def publish(save_dir: Path, name: str, write: Callable[[Path], None], group: dis
     first = rank() == 0
     try:
         run_together(f"preparing {staging}", lambda: _prepare(save_dir, staging) if first else None, group)
-        run_together(f"saving {final}", lambda: write(staging), group)
-        run_together(f"publishing {final}", lambda: _commit(staging, final) if first else None, group)
+        parts = gather(run_together(f"saving {final}", lambda: write(staging), group), group)
+
+        def commit() -> None:
+            sealed = manifest.merge(
+                parts, iteration=iteration_of(final) or 0, world_size=world_size(), validation_loss=validation_loss
+            )
+            manifest.write(staging, sealed)
+            _commit(staging, final)
+
+        run_together(f"publishing {final}", lambda: commit() if first else None, group)
     except (UserError, RuntimeError):
         if first:
             shutil.rmtree(staging, ignore_errors=True)
@@ -51,8 +81,8 @@ def publish(save_dir: Path, name: str, write: Callable[[Path], None], group: dis
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Return whether ``folder`` holds a distributed checkpoint. DCP writes its ``.metadata`` last."""
-    return (folder / ".metadata").is_file()
+    """Return whether ``folder`` holds a distributed checkpoint, be it damaged. DCP writes its ``.metadata`` last."""
+    return (folder / ".metadata").is_file() or (folder / manifest.NAME).is_file()
 
 
 def find(load_dir: str | Path, step: int | None = None) -> Path:
@@ -68,7 +98,7 @@ def find(load_dir: str | Path, step: int | None = None) -> Path:
         raise UserError(f"--load {load_dir}: no such folder. {_REMEDY}")
     if is_checkpoint(load_dir):
         return load_dir
-    name = folder_name(step) if step is not None else _read_tracker(load_dir)
+    name = folder_name(step) if step is not None else read_tracker(load_dir)
     # A crash while a checkpoint of the same iteration was being replaced leaves the old one under this name.
     for folder in (load_dir / name, load_dir / (name + _REPLACED)):
         if is_checkpoint(folder):
@@ -79,7 +109,38 @@ def find(load_dir: str | Path, step: int | None = None) -> Path:
     )
 
 
-def _read_tracker(load_dir: Path) -> str:
+def find_all(load_dir: str | Path, step: int | None = None) -> tuple[list[Path], list[str]]:
+    """Return what `find` does, or why there is none, and after it the older checkpoints, the newest first.
+
+    Raises:
+        UserError: there is none at all.
+    """
+    load_dir = Path(load_dir)
+    first: list[Path] = []
+    refused: list[str] = []
+    try:
+        first = [find(load_dir, step)]
+        folder, newest = first[0].parent, iteration_of(first[0])
+        if newest is None:
+            return first, refused
+    except UserError as error:
+        refused, folder, newest = [str(error)], load_dir, step
+        if not load_dir.is_dir() or not checkpoints_in(load_dir):
+            raise
+    older = [
+        path
+        for path in reversed(checkpoints_in(folder))
+        if (iteration := iteration_of(path)) is not None and (newest is None or iteration < newest)
+    ]
+    return [*first, *older], refused
+
+
+def read_tracker(load_dir: Path) -> str:
+    """Return the name of the checkpoint folder that is the newest.
+
+    Raises:
+        UserError: there is no tracker file, or it names none.
+    """
     tracker = load_dir / TRACKER
     if not tracker.is_file():
         raise UserError(f"--load {load_dir}: no checkpoint: there is no {TRACKER}. {_hint(load_dir)}")
@@ -95,7 +156,7 @@ def _read_tracker(load_dir: Path) -> str:
 
 def _hint(load_dir: Path) -> str:
     """Say what a folder without the wanted checkpoint does hold, and what to do about it."""
-    present = sorted(p.name for p in load_dir.iterdir() if is_checkpoint(p) and "." not in p.name)
+    present = [p.name for p in checkpoints_in(load_dir)]
     if present:
         return f"It holds {', '.join(present)}: pass --ckpt-step with one of these iterations, or the folder itself."
     if (load_dir / "config.json").is_file():
@@ -115,7 +176,13 @@ def _hint(load_dir: Path) -> str:
 
 def _prepare(save_dir: Path, staging: Path) -> None:
     save_dir.mkdir(parents=True, exist_ok=True)
-    for leftover in _ours(save_dir, _STAGING):
+    clean_up(save_dir)
+    staging.mkdir()
+
+
+def clean_up(save_dir: Path) -> None:
+    """Remove what a run that was killed while saving has left, and give a checkpoint its name back."""
+    for leftover in [*_ours(save_dir, _STAGING), *_ours(save_dir, _REMOVED)]:
         shutil.rmtree(leftover)
     for old in _ours(save_dir, _REPLACED):
         final = old.with_suffix("")
@@ -123,7 +190,14 @@ def _prepare(save_dir: Path, staging: Path) -> None:
             shutil.rmtree(old)
         else:
             old.rename(final)
-    staging.mkdir()
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint: it is none any more at once, also when the process is killed before all files are gone."""
+    doomed = checkpoint.with_name(checkpoint.name + _REMOVED)
+    checkpoint.rename(doomed)
+    fsync_folder(doomed.parent)
+    shutil.rmtree(doomed)
 
 
 def _ours(save_dir: Path, suffix: str) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,27 @@ from mindspeed_mm.errors import UserError
 _ARRAY = "__ndarray__"
 
 
-def write_python_state(path: Path, state: Any) -> None:
-    """Write plain Python values, numpy arrays and tensors to ``path`` and flush them to the disk.
+def encode_python_state(state: Any, where: str) -> bytes:
+    """Return plain Python values, numpy arrays and tensors as the content of a file.
 
     Raises:
-        TypeError: ``state`` holds an object that could only be pickled; the message says where.
+        TypeError: ``state`` holds an object that could only be pickled; the message says where, below ``where``.
     """
+    buffer = io.BytesIO()
+    torch.save(_encode(state, where), buffer)
+    return buffer.getvalue()
+
+
+def write_flushed(path: Path, content: bytes) -> None:
+    """Write a file and flush it to the disk."""
     with open(path, "wb") as file:
-        torch.save(_encode(state, path.stem), file)
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
 
 def read_python_state(path: Path) -> Any:
-    """Read what `write_python_state` wrote; numpy arrays come back as numpy arrays.
+    """Read what `encode_python_state` made; numpy arrays come back as numpy arrays.
 
     Raises:
         UserError: the file is damaged.

@@ -5,6 +5,7 @@
     iter_0000100/.metadata, __0_0.distcp, __1_0.distcp   tensors: model.<name>, optimizer.state.<name>.<state>
     iter_0000100/state.pt                                iteration, world size, optimizer groups, what the caller adds
     iter_0000100/rank_0.pt, rank_1.pt                    what each rank adds: random state, data position
+    iter_0000100/manifest.json                           checksums of these files, digests of the tensors
 
 Tensors are resharded when the world size changes; a rank's own state is only given back to the same world size.
 Nothing but DCP's ``.metadata`` index is a pickle that could run code.
@@ -12,21 +13,21 @@ Nothing but DCP's ``.metadata`` index is a pickle that could run code.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.optim import Optimizer
 
-from mindspeed_mm.checkpoint.coordination import condense, rank, run_together, world_size
+from mindspeed_mm.checkpoint.background import HostCopy
+from mindspeed_mm.checkpoint.coordination import gather, rank, run_together, world_size
+from mindspeed_mm.checkpoint.integrity import inspect
+from mindspeed_mm.checkpoint.manifest import Manifest, Part, describe, record_file
 from mindspeed_mm.checkpoint.optimizer_state import (
     allocate_state,
     check_groups,
@@ -34,13 +35,20 @@ from mindspeed_mm.checkpoint.optimizer_state import (
     optimizer_tensors,
     restore_groups,
 )
-from mindspeed_mm.checkpoint.publish import RELEASE, find, folder_name, publish
-from mindspeed_mm.checkpoint.python_state import read_python_state, write_python_state
+from mindspeed_mm.checkpoint.publish import RELEASE, find, find_all, folder_name, publish
+from mindspeed_mm.checkpoint.python_state import encode_python_state, read_python_state, write_flushed
+from mindspeed_mm.checkpoint.tensor_files import (
+    DigestingPlanner,
+    changed_tensors,
+    read_metadata,
+    read_tensors,
+    write_tensors,
+)
 from mindspeed_mm.checkpoint.tensors import listing, named_tensors
 from mindspeed_mm.errors import UserError
 
 MODEL = "model."
-_STATE = "state.pt"
+STATE = "state.pt"
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,8 @@ class LoadedCheckpoint:
         extra: what the saving run passed as ``extra``; empty when only weights were taken.
         rank_state: what this rank passed as ``rank_state``; None on another world size or with weights only.
         path: the checkpoint's folder.
-        warnings: lines about weights that did not match, when ``strict`` was off.
+        warnings: lines about weights that did not match, when ``strict`` was off, and about a checkpoint that was
+            refused or cannot be verified.
     """
 
     iteration: int
@@ -60,6 +69,101 @@ class LoadedCheckpoint:
     rank_state: dict[str, Any] | None
     path: Path
     warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run at one moment, ready to be written.
+
+    Attributes:
+        iteration: completed iterations; names the folder.
+        tensors: weights and optimizer state, live or copies.
+        files: the other files of this rank, by name.
+    """
+
+    iteration: int
+    tensors: dict[str, torch.Tensor]
+    files: dict[str, bytes]
+
+
+def take_snapshot(
+    iteration: int,
+    *,
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    extra: dict[str, Any],
+    rank_state: dict[str, Any],
+    adapters_only: bool = False,
+    files: Mapping[str, bytes] | None = None,
+    copy_to: HostCopy | None = None,
+) -> Snapshot:
+    """Collect what a checkpoint holds; with ``copy_to`` the run may go on while it is written.
+
+    Args:
+        iteration: completed iterations.
+        model: its parameters and persistent buffers are saved, shared ones once.
+        optimizer: its state, or None to leave it out.
+        extra: plain values that are the same on all ranks (scheduler, consumed samples); rank 0's are saved.
+        rank_state: plain values of this rank (random state, data position).
+        adapters_only: leave out the weights under the adapters, which can be read again where they came from.
+        files: further files of this rank, by name.
+        copy_to: where to copy the tensors to; None refers to the live ones.
+    """
+    part: Literal["all", "adapters"] = "adapters" if adapters_only else "all"
+    tensors = {MODEL + names[0]: tensor for names, tensor in named_tensors(model, part).items()}
+    state = {"iteration": iteration, "world_size": world_size(), "extra": extra, "optimizer_groups": None}
+    if optimizer is not None:
+        tensors |= optimizer_tensors(model, optimizer)
+        state["optimizer_groups"] = optimizer_groups(model, optimizer)
+    own = Path(_rank_file(rank()))
+    all_files = {**(files or {}), own.name: encode_python_state(rank_state, own.stem)}
+    if rank() == 0:
+        all_files[STATE] = encode_python_state(state, Path(STATE).stem)
+    return Snapshot(iteration, copy_to.take(tensors) if copy_to else tensors, all_files)
+
+
+def write_snapshot(
+    save_dir: str | Path,
+    snapshot: Snapshot,
+    group: dist.ProcessGroup | None = None,
+    validation_loss: float | None = None,
+) -> Path:
+    """Write a snapshot as a checkpoint and make it the newest one; every rank calls this.
+
+    Args:
+        save_dir: the folder that holds the checkpoints.
+        snapshot: of this rank.
+        group: ranks that save; default all. Beside a running training it must be one that nothing else uses.
+        validation_loss: goes into the manifest.
+
+    Raises:
+        UserError: a rank could not write; raised on all ranks. Earlier checkpoints are untouched.
+    """
+
+    def write(folder: Path) -> Part:
+        part = write_part(snapshot.tensors, folder, group=group)
+        for name, content in snapshot.files.items():
+            write_flushed(folder / name, content)
+            part.files[name] = record_file(folder / name)
+        return part
+
+    return publish(Path(save_dir), folder_name(snapshot.iteration), write, group, validation_loss)
+
+
+def write_part(
+    tensors: dict[str, torch.Tensor],
+    folder: Path,
+    planner: DigestingPlanner | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Part:
+    """Write this rank's parts of ``tensors`` and return what the manifest has to know of them."""
+    digests = write_tensors(tensors, folder, planner, group)
+    written = [*folder.glob(f"__{rank()}_*.distcp"), *([folder / ".metadata"] if rank() == 0 else [])]
+    return Part(
+        files={path.name: record_file(path) for path in written},
+        digests=digests,
+        tensors={name: describe(tensor) for name, tensor in tensors.items()},
+    )
 
 
 def save(
@@ -70,42 +174,21 @@ def save(
     optimizer: Optimizer | None,
     extra: dict[str, Any],
     rank_state: dict[str, Any],
-    adapters_only: bool = False,
-    beside: Callable[[Path], None] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Save a checkpoint and make it the newest one; every rank calls this.
 
-    Args:
-        save_dir: the folder that holds the checkpoints.
-        iteration: completed iterations; names the folder.
-        model: its parameters and persistent buffers are saved, shared ones once.
-        optimizer: its state, or None to leave it out.
-        extra: plain values that are the same on all ranks (scheduler, consumed samples); rank 0's are saved.
-        rank_state: plain values of this rank (random state, data position).
-        adapters_only: leave out the weights under the adapters, which can be read again where they came from.
-        beside: writes further files into the checkpoint's folder; called on every rank, must not communicate.
-        group: ranks that save; default all.
+    The arguments are those of `take_snapshot` and `write_snapshot`.
 
     Raises:
         UserError: a rank could not write; raised on all ranks. Earlier checkpoints are untouched.
     """
-    part: Literal["all", "adapters"] = "adapters" if adapters_only else "all"
-    tensors = {MODEL + names[0]: tensor for names, tensor in named_tensors(model, part).items()}
-    state = {"iteration": iteration, "world_size": world_size(), "extra": extra, "optimizer_groups": None}
-    if optimizer is not None:
-        tensors |= optimizer_tensors(model, optimizer)
-        state["optimizer_groups"] = optimizer_groups(model, optimizer)
-
-    def write(folder: Path) -> None:
-        write_tensors(tensors, folder, group=group)
-        write_python_state(folder / _rank_file(rank()), rank_state)
-        if beside is not None:
-            beside(folder)
-        if rank() == 0:
-            write_python_state(folder / _STATE, state)
-
-    return publish(Path(save_dir), folder_name(iteration), write, group)
+    snapshot = run_together(
+        f"saving {Path(save_dir) / folder_name(iteration)}",
+        lambda: take_snapshot(iteration, model=model, optimizer=optimizer, extra=extra, rank_state=rank_state),
+        group,
+    )
+    return write_snapshot(save_dir, snapshot, group)
 
 
 def load(
@@ -116,6 +199,8 @@ def load(
     strict: bool = True,
     step: int | None = None,
     finetune: bool = False,
+    fallback: bool = False,
+    check: Callable[[Path], list[str]] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> LoadedCheckpoint:
     """Load a checkpoint into ``model`` and ``optimizer``; every rank calls this.
@@ -129,32 +214,37 @@ def load(
         strict: whether weights that are missing, unexpected or of another shape are an error.
         step: the iteration to load instead of the tracker's.
         finetune: take the weights only and start at iteration 0, as is always done for ``release``.
+        fallback: take the newest good checkpoint before it when this one is damaged or missing.
+        check: says whether the checkpoint at a path may be loaded: returns lines to warn with, or raises.
         group: ranks that load; default all.
 
     Raises:
-        UserError: there is no such checkpoint, it cannot be read, or it does not fit. Nothing was changed when the
-            checkpoint does not fit.
+        UserError: there is no such checkpoint, it is damaged, or it does not fit. Nothing was changed when a file is
+            damaged or the checkpoint does not fit.
     """
+    path, manifest, notes = _choose(load_dir, step, fallback, group)
 
-    def prepare() -> tuple[Path, dict[str, Any], dict[str, torch.Tensor], list[str]]:
-        path = find(load_dir, step)
+    def prepare() -> tuple[dict[str, Any], dict[str, torch.Tensor], list[str]]:
+        notes.extend(check(path) if check else [])
         metadata = read_metadata(path)
         saved = _weights(metadata)
         tensors, problems = _match(_wanted(model, saved), saved)
         if problems and strict:
             raise UserError("\n".join([f"{path} does not fit the model.", *problems, _STRICT_HINT]))
         if finetune or path.name == RELEASE:
-            return path, _WEIGHTS_ONLY, tensors, problems
+            return _WEIGHTS_ONLY, tensors, problems
         state = _read_state(path)
         if optimizer is not None:
             if state["optimizer_groups"] is None:
                 raise UserError(f"{path} was saved without optimizer state; pass --no-load-optim or --finetune")
             check_groups(model, optimizer, state["optimizer_groups"])
             tensors |= allocate_state(model, optimizer, metadata)
-        return path, state, tensors, problems
+        return state, tensors, problems
 
-    path, state, tensors, problems = run_together(f"loading {load_dir}", prepare, group)
+    state, tensors, problems = run_together(f"loading {load_dir}", prepare, group)
     run_together(f"reading {path}", lambda: read_tensors(tensors, path, group=group), group)
+    if manifest:
+        _compare(tensors, path, manifest, group)
     if optimizer is not None and state["optimizer_groups"] is not None:
         restore_groups(model, optimizer, state["optimizer_groups"])
 
@@ -162,7 +252,7 @@ def load(
     if state["world_size"] == world_size():
         file = path / _rank_file(rank())
         rank_state = run_together(f"reading {path}", lambda: read_python_state(file), group)
-    return LoadedCheckpoint(state["iteration"], dict(state["extra"]), rank_state, path, problems)
+    return LoadedCheckpoint(state["iteration"], dict(state["extra"]), rank_state, path, [*notes, *problems])
 
 
 _WEIGHTS_ONLY: dict[str, Any] = {"iteration": 0, "extra": {}, "world_size": None, "optimizer_groups": None}
@@ -178,19 +268,58 @@ def load_base(
         Lines about weights that did not match, when ``strict`` is off.
 
     Raises:
-        UserError: there is no checkpoint, it cannot be read, or it does not fit.
+        UserError: there is no checkpoint, it is damaged, or it does not fit.
     """
+    path, _, notes = _choose(load_dir, None, fallback=False, group=group)
 
-    def prepare() -> tuple[Path, dict[str, torch.Tensor], list[str]]:
-        path = find(load_dir)
+    def prepare() -> tuple[dict[str, torch.Tensor], list[str]]:
         tensors, problems = _match(named_tensors(model, "base"), _weights(read_metadata(path)))
         if problems and strict:
             raise UserError("\n".join([f"--load-base-model {path} does not fit the model.", *problems, _STRICT_HINT]))
-        return path, tensors, problems
+        return tensors, problems
 
-    path, tensors, problems = run_together(f"loading {load_dir}", prepare, group)
+    tensors, problems = run_together(f"loading {load_dir}", prepare, group)
     run_together(f"reading {path}", lambda: read_tensors(tensors, path, group=group), group)
-    return list(problems)
+    return [*notes, *problems]
+
+
+def _choose(
+    load_dir: str | Path, step: int | None, fallback: bool, group: dist.ProcessGroup | None
+) -> tuple[Path, Manifest | None, list[str]]:
+    """Return the checkpoint to load, its manifest, and what there is to say about the choice."""
+
+    def search() -> tuple[list[Path], list[str]]:
+        return find_all(load_dir, step) if fallback else ([find(load_dir, step)], [])
+
+    candidates, refused = gather(run_together(f"loading {load_dir}", search, group), group)[0]
+    for path in candidates:
+        condition = inspect(path, group, alone=False)
+        if condition.good:
+            notes = [*refused, f"loading {path} instead"] if refused else []
+            if condition.manifest is None:
+                notes.append(f"{path} has no manifest: whether it still is what was saved cannot be verified")
+            return path, condition.manifest, notes
+        refused.append("\n".join([f"{path} is damaged and is not loaded:", listing(condition.problems)]))
+    remedy = "There is no good one before it." if fallback else _FALLBACK_HINT
+    raise UserError("\n".join([*refused, remedy]))
+
+
+_FALLBACK_HINT = "Pass --load-fallback to take the newest good checkpoint before it, or --ckpt-step for a certain one."
+
+
+def _compare(tensors: dict[str, torch.Tensor], path: Path, manifest: Manifest, group: dist.ProcessGroup | None) -> None:
+    """Check that what lies on the ranks now is what was saved, where it was not cast on the way."""
+    digests = manifest.digests
+    uncast = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name in digests and describe(tensor)[1] == manifest.tensors[name].dtype
+    }
+    if changed := changed_tensors(uncast, digests, group):
+        raise UserError(
+            f"{path}: its files are whole, but {len(changed)} tensors came out other than they were saved; this is an "
+            f"error in mindspeed-mm or in this machine's memory:\n{listing(changed)}"
+        )
 
 
 def _weights(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
@@ -232,51 +361,12 @@ def _match(
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    if not (path / _STATE).is_file():
+    if not (path / STATE).is_file():
         raise UserError(
-            f"{path} has no {_STATE}, so another program wrote it; pass --finetune to start from its weights"
+            f"{path} has no {STATE}, so another program wrote it; pass --finetune to start from its weights"
         )
-    return read_python_state(path / _STATE)
+    return read_python_state(path / STATE)
 
 
 def _rank_file(index: int) -> str:
     return f"rank_{index}.pt"
-
-
-def read_metadata(path: Path) -> Metadata:
-    """Return the index of a checkpoint's tensors.
-
-    Raises:
-        UserError: the index is damaged.
-    """
-    try:
-        return dcp.FileSystemReader(path).read_metadata()
-    except Exception as error:
-        raise UserError(
-            f"cannot read {path / '.metadata'}: {condense(error)}; pass --ckpt-step for another checkpoint"
-        ) from error
-
-
-def write_tensors(
-    tensors: dict[str, torch.Tensor],
-    folder: Path,
-    planner: dcp.SavePlanner | None = None,
-    group: dist.ProcessGroup | None = None,
-) -> None:
-    """Write this rank's parts of ``tensors`` to ``folder`` and flush them to the disk."""
-    with _one_process_is_fine():
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), planner=planner, process_group=group)
-
-
-def read_tensors(tensors: dict[str, torch.Tensor], folder: Path, group: dist.ProcessGroup | None = None) -> None:
-    """Fill ``tensors`` in place from the checkpoint in ``folder``, casting to their dtypes."""
-    with _one_process_is_fine():
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), process_group=group)
-
-
-@contextmanager
-def _one_process_is_fine() -> Iterator[None]:
-    """Silence DCP's warning that no process group exists."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*assuming the intent is to .* in a single process.*")
-        yield

@@ -88,7 +88,11 @@ def _fold_into_data(args: Namespace, data: DataConfig) -> list[str]:
         ("dataloader_param", loader, "batch_size", "micro_batch_size"),
         ("dataloader_param", loader, "num_workers", "num_workers"),
         ("dataloader_param", loader, "seed", "seed"),
+        ("dataloader_param", loader, "global_batch_size", "global_batch_size"),
     ]
+    if getattr(args, "use_txt_dynamic_batching", False):
+        decided += [("dataloader_param", loader, key, key) for key in ("max_seq_len", "dynamic_batch_buffer_size")]
+    loader.use_data_balance |= getattr(args, "use_data_balance", False)
     dataset = data.dataset_param
     if isinstance(dataset, HuggingFaceDataset):
         processor: HuggingFacePreprocess | TokenizerConfig = dataset.preprocess_parameters
@@ -98,6 +102,8 @@ def _fold_into_data(args: Namespace, data: DataConfig) -> list[str]:
         decided.append(("dataset_param", dataset, "seq_length", "seq_length"))
     if dataset is not None and getattr(args, "trust_remote_code", False):
         processor.trust_remote_code = True
+    if dataset is not None and dataset.quarantine_folder is None:
+        dataset.quarantine_folder = getattr(args, "save", None)
 
     notes = []
     for path, owner, key, dest in decided:

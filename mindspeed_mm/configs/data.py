@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
@@ -12,11 +14,25 @@ PositiveFloat = Annotated[float, Field(gt=0.0)]
 
 
 def _each_beside_config(value: str, info: ValidationInfo) -> str:
-    return ",".join(beside_config(path, info) for path in value.split(","))
+    """Resolve each of several paths; of a pattern, the folder that it starts from."""
+
+    def resolve(path: str) -> str:
+        fixed = next((n for n, part in enumerate(Path(path).parts) if glob.has_magic(part)), None)
+        if fixed is None or Path(path).is_absolute():
+            return beside_config(path, info)
+        start, rest = Path(*Path(path).parts[:fixed]), Path(*Path(path).parts[fixed:])
+        if fixed == 0 and not any(start.glob(str(rest))):
+            return str((info.context or {}).get("folder", start) / rest)
+        return str(Path(beside_config(str(start), info)) / rest)
+
+    return ",".join(map(resolve, value.split(",")))
 
 
 InputPaths = Annotated[str, AfterValidator(_each_beside_config)]
 
+
+OnBadSample = Literal["stop", "quarantine"]
+Budget = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0.0, lt=1.0)]
 
 # --- dataset_type "huggingface": rows of messages, prompts rendered by the model's own processor ---
 
@@ -34,6 +50,8 @@ class HuggingFacePreprocess(Config):
     image_resolution: Positive = 512  # side of a square image, for processors that want one
     image_do_pan_and_scan: bool = False  # add crops of wide and tall images (Gemma processors)
     crop_to_patches: bool = False  # cut an image into tiles (InternVL processors)
+    min_patches: Positive | None = None  # tiles at least; null: the processor's number
+    max_patches: Positive | None = None  # tiles at most; null: the processor's number
 
     video_max_pixels: Positive = 256 * 256  # as for images, for each frame
     video_min_pixels: Count = 16 * 16  # as for images, for each frame
@@ -45,6 +63,16 @@ class HuggingFacePreprocess(Config):
     use_audio_in_video: bool = False  # also feed the sound track of a video
 
 
+class MixtureSource(Config):
+    """One data set of ``mixture``."""
+
+    dataset: InputPaths  # as basic_parameters.dataset
+    dataset_dir: InputPath | None = None  # null: that of basic_parameters
+    max_samples: Positive | None = None  # read only the first rows; null: all
+    repeat_time: PositiveFloat = 1.0  # below 1: only this share of the rows; above 1: rows repeat
+    weight: PositiveFloat | None = None  # its part of an epoch, beside the other weights; null: as many as its rows
+
+
 class HuggingFaceBasic(Config):
     """``basic_parameters``: the files, and what becomes of their rows."""
 
@@ -52,7 +80,9 @@ class HuggingFaceBasic(Config):
         "cutoff_len": "`cutoff_len` is deprecated, please use `seq_length`. Delete the key and pass --seq-length.",
     }
 
-    dataset: InputPaths | None = None  # .json or .jsonl files, separated by commas without spaces
+    # .json, .jsonl, .csv, .parquet and .txt files, folders of them and patterns, separated by commas without spaces
+    dataset: InputPaths | None = None
+    mixture: list[MixtureSource] | None = None  # several data sets instead, each with its weight
     dataset_dir: InputPath = "data"  # folder that the paths of images, videos and audio start from
     max_samples: Positive | None = None  # read only the first rows; null: all
     seq_length: Positive | None = None  # longest sample in tokens; --seq-length sets it
@@ -68,26 +98,30 @@ class HuggingFaceBasic(Config):
     train_on_prompt: bool = False  # the loss covers the user's turns too
     mask_history: bool = False  # the loss covers the last assistant turn only
 
-    cache_dir: str | None = None  # cache of prepared rows; do not share it between nodes
+    cache_dir: str | None = None  # caches of prepared samples; null: ~/.cache/mindspeed_mm/data
+    cache_samples: bool = False  # keep the tensors of samples in the cache too, pixels included
     overwrite_cache: bool = False  # prepare the rows again although the cache has them
     preprocess_on_fly: bool = False  # prepare a row when it is fetched, not all rows before training
     preprocessing_batch_size: Positive = 1000  # rows prepared at a time
-    preprocessing_num_workers: Positive | None = None  # processes that prepare rows; null: this one
+    preprocessing_num_workers: Positive | None = None  # processes of a node that prepare samples; null: its ranks
     streaming: bool = False  # read the files while training instead of before it
-    packing: bool | None = None  # fill one sequence with several samples
-    neat_packing: bool = False  # with packing: samples of a sequence do not attend to each other
+    packing: bool | None = None  # fill sequences of --seq-length with several samples, which do not see each other
+    neat_packing: bool = False  # the same as packing
 
 
 class HuggingFaceAttributes(Config):
     """``attr``: the names that the rows use. A null column is not read, a null tag does not occur."""
 
-    formatting: Literal["sharegpt", "alpaca"] = "sharegpt"  # a list of messages, or instruction and output
+    # sharegpt: a list of messages; alpaca: instruction and output; or a format that a --plugin registers
+    formatting: str = "sharegpt"
     messages: str | None = "conversations"  # column of the messages
     images: str | None = None  # column of the image paths
     videos: str | None = None  # column of the video paths
     audios: str | None = None  # column of the audio paths
     system: str | None = None  # column of the system prompt
+    tools: str | None = None  # column of the descriptions of functions, a list in JSON Schema
 
+    pretrain: bool = False  # rows are plain text to continue, in the column `prompt` (default here: text)
     prompt: str | None = "instruction"  # alpaca: column of the question
     query: str | None = "input"  # alpaca: column of what is added to it
     response: str | None = "output"  # alpaca: column of the answer
@@ -101,6 +135,8 @@ class HuggingFaceAttributes(Config):
     observation_tag: str | None = "observation"  # role of a tool's answer
     function_tag: str | None = "function_call"  # role of a call of a tool
 
+    packing: bool | None = None  # the same as packing in basic_parameters
+
     ranking: bool = False  # rows hold a chosen and a rejected answer
     chosen: str | None = None  # column of the chosen answer
     rejected: str | None = None  # column of the rejected answer
@@ -113,6 +149,9 @@ class HuggingFaceDataset(Config):
     basic_parameters: HuggingFaceBasic
     preprocess_parameters: HuggingFacePreprocess
     attr: HuggingFaceAttributes = Field(default_factory=HuggingFaceAttributes)
+    on_bad_sample: OnBadSample = "stop"  # quarantine: list it and go on without it
+    bad_sample_budget: Budget = 0.01  # bad samples to put up with: a number, or a share (below 1) of all rows
+    quarantine_folder: str | None = None  # where quarantine.jsonl goes; --save sets it
 
 
 # --- dataset_type "multimodal": InternVL style, images cut into tiles ---
@@ -190,6 +229,10 @@ class MultimodalDataset(Config):
     max_num_frame: Positive = 12  # frames of a video at most
     sampling_method: str = "rand"  # how frames are chosen
 
+    on_bad_sample: OnBadSample = "stop"  # quarantine: list it and go on without it
+    bad_sample_budget: Budget = 0.01  # bad samples to put up with: a number, or a share (below 1) of all rows
+    quarantine_folder: str | None = None  # where quarantine.jsonl goes; --save sets it
+
 
 # --- batches ---
 
@@ -210,22 +253,26 @@ class DataloaderParam(Config):
     sampler_type: str = "stateful_distributed_sampler"  # or BaseRandomBatchSampler, SequentialSampler, ...
     shuffle: bool = True  # a new order in every epoch, decided by --seed
     drop_last: bool = True  # leave out the samples that do not fill a global batch
-    pin_memory: bool = False  # batches in page-locked memory, for faster copies to the device
+    pin_memory: bool | None = None  # batches in page-locked memory; null: where the device copies faster from it
     prefetch_factor: Positive | None = None  # batches each worker holds ready; null: torch's default
     persistent_workers: bool | None = None  # keep workers between epochs; null: yes when there are any
     collate_param: CollateParam = Field(default_factory=CollateParam)
 
     data_sharding: bool = False  # each rank shuffles its own share of the samples
     priority_mode: Literal["data_bucketing_img", "data_reordering_img"] | None = None  # group by image size
-    group_data: bool = False  # samples of like shape meet in a batch
+    group_data: bool = False  # samples of like length meet in a batch, as with sampler_type LengthGroupedSampler
     group_frame: bool = False  # ... of like frame count
     group_resolution: bool = False  # ... of like resolution
     initial_global_step_for_sampler: Count = 0  # batches the sampler skips at the start
 
-    # The command line decides these three; a value in the file is overwritten.
+    # The command line decides these; a value in the file is overwritten.
     batch_size: Positive | None = None  # --micro-batch-size: samples per rank and micro batch
     num_workers: Count | None = None  # --num-workers: processes that fetch samples
     seed: int | None = None  # --seed
+    global_batch_size: Positive | None = None  # --global-batch-size: samples of one optimizer step
+    use_data_balance: bool = False  # --use-data-balance: spread a global batch evenly over ranks
+    max_seq_len: Positive | None = None  # --max-seq-len with --use-txt-dynamic-batching: tokens of a micro batch
+    dynamic_batch_buffer_size: Positive = 200  # --dynamic-batch-buffer-size: samples looked at to fill it
 
 
 class DataConfig(Config):

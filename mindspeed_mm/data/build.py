@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,27 @@ import torch.distributed as dist
 from torch.utils.data import default_collate
 
 from mindspeed_mm import accelerator
-from mindspeed_mm.data.collators import COLLATORS, PaddingCollator
-from mindspeed_mm.data.conversations import ConversationFiles, read_conversations
+from mindspeed_mm.data.collators import COLLATORS, PackCollator, PaddingCollator
+from mindspeed_mm.data.conversations import iterate_conversations, read_conversations
 from mindspeed_mm.data.datasets import ConversationDataset
 from mindspeed_mm.data.encoding import ConversationEncoder, EncodingOptions
-from mindspeed_mm.data.keys import check_dataloader_keys, check_dataset_keys
+from mindspeed_mm.data.formats import find_format, read_document
+from mindspeed_mm.data.keys import check_dataloader_keys, check_dataset_keys, wants_packing
 from mindspeed_mm.data.loaders import MultiModalDataLoader
-from mindspeed_mm.data.samplers import DistributedBatchSampler
+from mindspeed_mm.data.mixing import MixedDataset
+from mindspeed_mm.data.model_inputs import ModelInputs
+from mindspeed_mm.data.multimodal import as_huggingface
+from mindspeed_mm.data.planning import build_sampler
+from mindspeed_mm.data.quarantine import Quarantine
+from mindspeed_mm.data.rows import RowFiles
+from mindspeed_mm.data.sample_cache import SampleCache
+from mindspeed_mm.data.streaming import ConversationStream, as_stream
+from mindspeed_mm.data.templates import resolve_template
+from mindspeed_mm.data.video import VideoLimits
 from mindspeed_mm.errors import UserError, did_you_mean
 
 
-def build_mm_dataset(dataset_param: Any) -> ConversationDataset | tuple[ConversationDataset, Any]:
+def build_mm_dataset(dataset_param: Any) -> Any:
     """Build the data set of ``dataset_param``.
 
     All rows are read and checked at once (columns, roles, placeholders, existence of images), so that a mistake ends
@@ -31,48 +42,97 @@ def build_mm_dataset(dataset_param: Any) -> ConversationDataset | tuple[Conversa
         dataset_param: the object of data.json, typed or as a dict.
 
     Returns:
-        The training set, or ``(training, validation)`` where ``val_dataset`` is given; validation is a dict where that
+        The training set (a ``ConversationDataset``, a ``MixedDataset`` of several or a ``ConversationStream``), or
+        ``(training, validation)`` where ``val_dataset`` is given; validation is a dict where that
         names several sets.
 
     Raises:
         UserError: a key, a file, a row or the processor's folder is not usable.
     """
     param = _typed(dataset_param, "dataset_param")
-    if param.dataset_type != "huggingface":
-        raise UserError(
-            f"data.json: dataset_param.dataset_type: {param.dataset_type!r} is not available yet; use 'huggingface'"
-        )
+    if param.dataset_type == "multimodal":
+        param = as_huggingface(param)
     check_dataset_keys(param)
     basic, preprocess, attr = param.basic_parameters, param.preprocess_parameters, param.attr
-    for key, value in (("basic_parameters.dataset", basic.dataset),
+    for key, value in (("basic_parameters.dataset", basic.dataset or basic.mixture),
                        ("preprocess_parameters.model_name_or_path", preprocess.model_name_or_path)):  # fmt: skip
         if not value:
             raise UserError(f"data.json: dataset_param.{key} is required; set it to a path")
 
-    def conversations(paths: str, max_samples: int | None) -> tuple[Any, ConversationFiles]:
-        files = ConversationFiles([Path(path) for path in paths.split(",")])
-        return read_conversations(files, attr, basic.dataset_dir, max_samples), files
+    chat_template, may_think = resolve_template(basic.template)
+    read = read_document if attr.pretrain else find_format(attr.formatting)
+    keep_bad = _keeps_bad(param)
 
-    train = conversations(basic.dataset, basic.max_samples)
-    named = basic.val_dataset if isinstance(basic.val_dataset, Mapping) else {"": basic.val_dataset}
-    valid = {name: conversations(paths, basic.val_max_samples) for name, paths in named.items() if paths}
-    encoder = ConversationEncoder(
-        EncodingOptions(
-            folder=preprocess.model_name_or_path,
-            trust_remote_code=preprocess.trust_remote_code,
-            enable_thinking=basic.enable_thinking,
-            seq_length=basic.seq_length,
-            train_on_prompt=basic.train_on_prompt,
-            mask_history=basic.mask_history,
-            image_max_pixels=preprocess.image_max_pixels,
-            image_min_pixels=preprocess.image_min_pixels,
-            crop_to_patches=preprocess.crop_to_patches,
-        )
+    options = EncodingOptions(
+        folder=preprocess.model_name_or_path,
+        trust_remote_code=preprocess.trust_remote_code,
+        chat_template=chat_template,
+        enable_thinking=basic.enable_thinking and may_think,
+        seq_length=basic.seq_length,
+        train_on_prompt=basic.train_on_prompt,
+        mask_history=basic.mask_history,
+        image_max_pixels=preprocess.image_max_pixels,
+        image_min_pixels=preprocess.image_min_pixels,
+        video=VideoLimits(
+            fps=preprocess.video_fps,
+            maxlen=preprocess.video_maxlen,
+            max_pixels=preprocess.video_max_pixels,
+            min_pixels=preprocess.video_min_pixels,
+        ),
+        crop_to_patches=preprocess.crop_to_patches,
+        min_patches=preprocess.min_patches,
+        max_patches=preprocess.max_patches,
+        packing=wants_packing(param),
     )
-    if not valid:
-        return ConversationDataset(*train, encoder)
-    sets = {name: ConversationDataset(*rows, encoder) for name, rows in valid.items()}
-    return ConversationDataset(*train, encoder), sets.get("", sets)
+
+    def conversations(
+        paths: str, max_samples: int | None, folder: str = basic.dataset_dir
+    ) -> tuple[Any, RowFiles, SampleCache]:
+        files = RowFiles([Path(path) for path in paths.split(",")])
+        cache = SampleCache(param, options, files.paths, read, folder, max_samples)
+        rows = cache.rows(lambda: read_conversations(files, read, attr, folder, max_samples, keep_bad))
+        return rows, files, cache
+
+    named = basic.val_dataset if isinstance(basic.val_dataset, Mapping) else {"": basic.val_dataset}
+    tables = {name: conversations(paths, basic.val_max_samples) for name, paths in named.items() if paths}
+    mixture = basic.mixture or []
+    trained = [conversations(one.dataset, one.max_samples, one.dataset_dir or basic.dataset_dir) for one in mixture]
+    if not mixture and not basic.streaming:
+        trained = [conversations(basic.dataset, basic.max_samples)]
+    encoder = ConversationEncoder(options)
+    quarantine = None
+    if keep_bad:
+        count = sum(len(rows) for rows, _, _ in (*trained, *tables.values()))
+        quarantine = Quarantine(param.quarantine_folder, param.bad_sample_budget, count)
+
+    def conversation_set(rows: Any, files: RowFiles, cache: SampleCache) -> ConversationDataset:
+        return ConversationDataset(rows, files, encoder, quarantine, cache)
+
+    train = [conversation_set(*table) for table in trained]
+    valid = {name: conversation_set(*table) for name, table in tables.items()}
+    if quarantine is not None:
+        quarantine.add(bad for dataset in (*train, *valid.values()) for bad in dataset.bad_rows())
+    if mixture:
+        weights = None if mixture[0].weight is None else [one.weight for one in mixture]
+        training: Any = MixedDataset(train, [one.repeat_time for one in mixture], weights)
+    elif basic.streaming:
+        files = RowFiles([Path(path) for path in basic.dataset.split(",")])
+        rows_of = partial(
+            iterate_conversations, read=read, attr=attr, media_folder=basic.dataset_dir, keep_bad=keep_bad
+        )
+        training = ConversationStream(files, rows_of, encoder, quarantine)
+    else:
+        (training,) = train
+    return (training, valid.get("", valid)) if valid else training
+
+
+def _keeps_bad(param: Any) -> bool:
+    if param.on_bad_sample == "quarantine" and param.quarantine_folder is None:
+        raise UserError(
+            "data.json: dataset_param.on_bad_sample: 'quarantine' lists bad samples beside the checkpoints; "
+            "pass --save, or set dataset_param.quarantine_folder"
+        )
+    return param.on_bad_sample == "quarantine"
 
 
 def build_mm_dataloader(
@@ -85,11 +145,11 @@ def build_mm_dataloader(
     """Build the loader of one rank.
 
     Args:
-        dataset: of ``build_mm_dataset``, or any map-style data set.
+        dataset: of ``build_mm_dataset``, any map-style data set, or an ``IterableDataset`` of ``datasets``.
         dataloader_param: the object of data.json, typed or as a dict.
         process_group: the data-parallel group; by default all ranks, or this process alone.
-        consumed_samples: samples that the group has already trained on. An iterator that sets the epoch itself, as
-            ``build_iterations`` does, overrides it.
+        consumed_samples: samples (packed: sequences) that the group has already trained on, where no checkpoint has the
+            position: one that does overrides it.
         dataset_param: accepted for compatibility, not needed.
 
     Returns:
@@ -100,24 +160,18 @@ def build_mm_dataloader(
     """
     param = _typed(dataloader_param, "dataloader_param")
     check_dataloader_keys(param)
-    ranks = dist.get_world_size(process_group) if dist.is_initialized() else 1
-    batch_size = param.batch_size or 1
-    sequential = param.sampler_type == "SequentialSampler" and param.dataloader_mode == "sampler"
-    sampler = DistributedBatchSampler(
-        len(dataset),
-        batch_size,
-        rank=dist.get_rank(process_group) if dist.is_initialized() else 0,
-        num_ranks=ranks,
-        shuffle=param.shuffle and not sequential,
-        seed=param.seed or 0,
-        drop_last=param.drop_last,
+    if getattr(getattr(dataset, "cache", None), "keep_samples", False):
+        dataset.sizes  # noqa: B018 - samples are kept when their sizes are found
+    dataset = as_stream(dataset)
+    grouped = dist.is_initialized()
+    sampler = build_sampler(
+        dataset,
+        param,
+        rank=dist.get_rank(process_group) if grouped else 0,
+        ranks=dist.get_world_size(process_group) if grouped else 1,
         consumed_samples=consumed_samples,
+        pack_to=dataset.encoder.options.pack_to if hasattr(dataset, "encoder") else None,
     )
-    if not len(sampler):
-        raise UserError(
-            f"data.json: the data set has {len(dataset)} samples, fewer than one micro batch of all ranks "
-            f"({batch_size} x {ranks}); lower --micro-batch-size or set dataloader_param.drop_last to false"
-        )
     workers = param.num_workers or 0
     if workers:
         # Tokenizers that ran before the fork warn and switch their threads off in every worker; a worker needs none.
@@ -128,7 +182,7 @@ def build_mm_dataloader(
         sampler,
         _collator(dataset, param.collate_param),
         num_workers=workers,
-        pin_memory=param.pin_memory and accelerator.wants_pinned_memory(),
+        pin_memory=param.pin_memory is not False and accelerator.wants_pinned_memory(),
         persistent_workers=persistent,
         prefetch_factor=param.prefetch_factor if workers else None,
     )
@@ -141,15 +195,27 @@ def _collator(dataset: Any, param: Any) -> Any:
             f"data.json: dataloader_param.collate_param.model_name: {name!r} is not available; "
             f"leave it out or use one of {', '.join(COLLATORS)}.{did_you_mean(name, COLLATORS)}"
         )
-    if not isinstance(dataset, ConversationDataset) and name is None:
+    encoder = getattr(dataset, "encoder", None)
+    if encoder is None and name is None:
         return getattr(dataset, "collate_fn", None) or default_collate
     pad_id = param.pad_id
-    if pad_id is None and isinstance(dataset, ConversationDataset):
-        tokenizer = dataset.encoder.tokenizer
+    if pad_id is None and encoder is not None:
+        tokenizer = encoder.tokenizer
         pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if pad_id is None:
         raise UserError("data.json: dataloader_param.collate_param.pad_id is required: the tokenizer has no pad token")
-    return PaddingCollator(pad_id, param.pad_to_multiple_of, param.ignore_pad_token_for_loss)
+    options = encoder.options if encoder is not None else None
+    inputs = None
+    if options and (Path(options.folder) / "config.json").is_file():
+        inputs = ModelInputs(options.folder, options.trust_remote_code)
+    if options and options.pack_to:
+        if inputs is None:
+            raise UserError(
+                "data.json: packing: preprocess_parameters.model_name_or_path has no config.json, which says how the "
+                "model counts positions; set it to the folder of the whole model"
+            )
+        return PackCollator(options.pack_to, pad_id, inputs)
+    return PaddingCollator(pad_id, param.pad_to_multiple_of, param.ignore_pad_token_for_loss, inputs)
 
 
 def _typed(value: Any, section: str) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ import torch
 from mindspeed_mm.data.images import load_image
 from mindspeed_mm.data.processors import load_processor
 from mindspeed_mm.data.prompts import ChatRenderer, Prompt
+from mindspeed_mm.data.quarantine import BadSample
+from mindspeed_mm.data.video import VideoLimits, load_video
 from mindspeed_mm.errors import UserError
 
 IGNORE_INDEX = -100
@@ -24,18 +27,30 @@ class EncodingOptions:
 
     Attributes:
         folder: ``preprocess_parameters.model_name_or_path``.
+        chat_template: text of a template to use instead of the folder's.
         seq_length: the longest sample, in tokens; None for no limit.
+        packing: samples are packed into sequences of ``seq_length`` afterwards.
     """
 
     folder: str
     trust_remote_code: bool = False
+    chat_template: str | None = None
     enable_thinking: bool = True
     seq_length: int | None = None
     train_on_prompt: bool = False
     mask_history: bool = False
     image_max_pixels: int = 768 * 768
     image_min_pixels: int = 32 * 32
+    video: VideoLimits = field(default_factory=VideoLimits)
     crop_to_patches: bool = False
+    min_patches: int | None = None
+    max_patches: int | None = None
+    packing: bool = False
+
+    @property
+    def pack_to(self) -> int | None:
+        """Tokens of the sequence that samples are packed into; None if they are not."""
+        return self.seq_length if self.packing else None
 
 
 class ConversationEncoder:
@@ -67,19 +82,23 @@ class ConversationEncoder:
     def _load(self) -> None:
         self.processor = load_processor(self.options.folder, self.options.trust_remote_code)
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        if self.options.chat_template is not None:
+            self.processor.chat_template = self.options.chat_template
         self._takes_images = hasattr(self.processor, "image_processor")
         self._renderer = ChatRenderer(self.processor, self.options.enable_thinking)
-        self._image_options = {}
+        self._image_options: dict[str, Any] = {}
         if self._takes_images and hasattr(self.processor.image_processor, "crop_to_patches"):
-            self._image_options["crop_to_patches"] = self.options.crop_to_patches
+            for key in ("crop_to_patches", "min_patches", "max_patches"):
+                if (value := getattr(self.options, key)) is not None:
+                    self._image_options[key] = value
         self._warned = False
+        self._stand_in: dict[str, torch.Tensor] | None = None
 
-    def encode(self, messages: list[dict[str, str]], images: list[str], where: str) -> dict[str, torch.Tensor]:
+    def encode(self, row: Mapping[str, Any], where: str) -> dict[str, torch.Tensor]:
         """Return the model inputs of one conversation.
 
         Args:
-            messages: ``{"role", "content"}`` turns, user and assistant after an optional system turn.
-            images: absolute paths, one per placeholder in ``messages``.
+            row: as ``read_conversations`` gives it.
             where: names the row in errors.
 
         Returns:
@@ -88,48 +107,71 @@ class ConversationEncoder:
             processor gives them.
 
         Raises:
-            UserError: an image cannot be decoded, or the processor, the template or the length refuses the row.
+            BadSample: an image cannot be decoded, or the processor, the template or the length refuses the row.
         """
+        images = row.get("images") or []
         if images and not self._takes_images:
-            raise UserError(f"{where}: the row has images but the model in {self.options.folder} only reads text")
+            raise BadSample(where, f"the row has images but the model in {self.options.folder} only reads text")
         options = self.options
+        if row.get("audios"):
+            raise BadSample(where, "the row has audio, which is not available; remove it")
+        videos = row.get("videos") or []
+        if videos and not hasattr(self.processor, "video_processor"):
+            raise BadSample(
+                where,
+                f"the row has videos but the processor in {options.folder} takes none; install torchvision if its "
+                "model does, or remove the row",
+            )
+        clips = [load_video(path, where, self.processor.video_processor, options.video) for path in videos]
         pictures = [load_image(path, where, options.image_max_pixels, options.image_min_pixels) for path in images]
         try:
-            prompt = self._renderer.render(messages)
-            sample = self._shorten(*self._tokenize(prompt, pictures), where)
+            prompt = self._renderer.render(row)
+            sample = self._shorten(*self._tokenize(prompt, pictures, clips), where)
         except UserError as error:
-            raise UserError(f"{where}: {error}") from None
+            raise BadSample(where, str(error)) from None
         except Exception as error:  # templates and processors are the model's own code
-            raise UserError(f"{where}: the model's processor refuses this row: {error}") from error
+            raise BadSample(where, f"the model's processor refuses this row: {error}") from error
         if (sample["labels"][1:] == IGNORE_INDEX).all():
-            raise UserError(f"{where}: no token of the row has a label, so nothing can be learnt from it; remove it")
+            raise BadSample(where, "no token of the row has a label, so nothing can be learnt from it; remove it")
         return sample
 
-    def encode_question(
-        self, messages: list[dict[str, str]], images: list[str], where: str
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    def stand_in(self) -> dict[str, torch.Tensor]:
+        """Return a short text sample without a target."""
+        if self._stand_in is None:
+            turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+            self._stand_in, _ = self._tokenize(self._renderer.render({"messages": turns}), [])
+            self._stand_in["labels"].fill_(IGNORE_INDEX)
+        return dict(self._stand_in)
+
+    def encode_question(self, row: Mapping[str, Any], where: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Return a conversation up to its last answer as a batch of one, and the token ids of that answer, (A,).
 
         Args and errors are those of `encode`.
         """
         encoder = copy(self)
         encoder.options = replace(self.options, seq_length=None, train_on_prompt=False, mask_history=True)
-        sample = encoder.encode(messages, images, where)
+        sample = encoder.encode(row, where)
         answer = (sample.pop("labels") != IGNORE_INDEX).nonzero().flatten()
         start = int(answer[0])
         tokens = sample["input_ids"][answer]
         return {key: v[None, :start] if v.ndim == 1 else v for key, v in sample.items()}, tokens
 
-    def _tokenize(self, prompt: Prompt, pictures: list[Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    def _tokenize(
+        self, prompt: Prompt, pictures: list[Any], clips: Sequence[tuple[Any, Any]] = ()
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Return the sample and a mask (L,) of its image tokens."""
         # As in apply_chat_template: where the template has written the BOS token, a second one would be wrong.
         bos = self.tokenizer.bos_token
-        special = self._takes_images and not (bos is not None and prompt.text.startswith(bos))
+        special = (self._takes_images or prompt.is_document) and not (bos is not None and prompt.text.startswith(bos))
         kwargs: dict[str, Any] = {"return_offsets_mapping": True, "add_special_tokens": special}
         if pictures:
             kwargs.update(images=pictures, return_text_replacement_offsets=True, **self._image_options)
+        if clips:
+            frames, metadata = zip(*clips, strict=True)
+            kwargs.update(videos=list(frames), video_metadata=list(metadata), do_sample_frames=False)
+            kwargs.update(return_text_replacement_offsets=True)
         encoded = (self.processor if self._takes_images else self.tokenizer)(text=[prompt.text], **kwargs)
-        replaced = encoded.pop("text_replacement_offsets")[0] if pictures else []
+        replaced = encoded.pop("text_replacement_offsets")[0] if pictures or clips else []
         encoded = encoded.convert_to_tensors("pt")
         starts, ends = encoded.pop("offset_mapping")[0].unbind(-1)
 

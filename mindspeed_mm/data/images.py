@@ -3,41 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
-from pathlib import Path
 from typing import Any
 
-from mindspeed_mm.errors import UserError
-
-
-def locate_image(path: str, folder: str | Path, where: str) -> str:
-    """Return the absolute path of an image of a row.
-
-    ``path`` is looked for under ``folder``, then (published data sets write such paths) as it stands. In both cases
-    the file must lie inside ``folder``; links inside the folder may lead out of it.
-
-    Args:
-        path: as the row has it.
-        folder: ``basic_parameters.dataset_dir``.
-        where: names the row in errors.
-
-    Raises:
-        UserError: the file does not exist, or the path leads out of the folder.
-    """
-    root = os.path.abspath(folder)
-    inside = False
-    for candidate in (os.path.join(root, path), path):
-        candidate = os.path.abspath(candidate)
-        if candidate.startswith(os.path.join(root, "")):
-            inside = True
-            if os.path.isfile(candidate):
-                return candidate
-    if not inside:
-        raise UserError(
-            f"{where}: image {path!r} is outside the data folder {root}; "
-            "move it inside, or set basic_parameters.dataset_dir to a folder that holds all images"
-        )
-    raise UserError(f"{where}: image {path!r} not found in {root}; check the path and basic_parameters.dataset_dir")
+from mindspeed_mm.data.quarantine import BadSample
 
 
 def load_image(path: str, where: str, max_pixels: int, min_pixels: int) -> Any:
@@ -56,7 +24,7 @@ def load_image(path: str, where: str, max_pixels: int, min_pixels: int) -> Any:
         A ``PIL.Image.Image`` of mode RGB.
 
     Raises:
-        UserError: not an image, truncated, or so large that decoding it is a risk.
+        BadSample: not an image, truncated, or so large that decoding it is a risk.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -65,15 +33,25 @@ def load_image(path: str, where: str, max_pixels: int, min_pixels: int) -> Any:
             width, height = file.size
             limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and width * height > limit:
-                raise UserError(
-                    f"{where}: image {path} has {width}x{height} pixels, over the limit of {limit}; shrink it"
+                raise BadSample(
+                    where, f"image {path} has {width}x{height} pixels, over the limit of {limit}; shrink it"
                 )
             image = file.convert("RGB")
     except UnidentifiedImageError:
-        raise UserError(f"{where}: {path} is not an image that Pillow can read; replace the file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{where}: image {path} cannot be decoded: {error}; replace the file") from error
+        raise BadSample(where, f"{path} is not an image that Pillow can read; replace the file") from None
+    except BadSample:
+        raise
+    except Exception as error:  # a broken file makes Pillow's decoders stumble in any way
+        raise BadSample(where, f"image {path} cannot be decoded: {error}; replace the file") from error
 
+    return bring_between(image, min_pixels, max_pixels)
+
+
+def bring_between(image: Any, min_pixels: int, max_pixels: int) -> Any:
+    """Scale a ``PIL.Image.Image`` so that its area lies between the two, by the nearest pixels."""
+    from PIL import Image
+
+    width, height = image.size
     area = width * height
     scale = math.sqrt(max_pixels / area) if area > max_pixels else math.sqrt(min_pixels / area)
     if area > max_pixels or area < min_pixels:

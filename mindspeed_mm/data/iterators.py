@@ -11,6 +11,8 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset
 
 from mindspeed_mm import accelerator
+from mindspeed_mm.data.samplers import DistributedBatchSampler, Position, as_position, what_differs
+from mindspeed_mm.distributed.state import warn_rank_0
 from mindspeed_mm.errors import UserError
 
 
@@ -87,19 +89,6 @@ class CyclicIterator:
         epoch, batch = divmod(batches, length) if length else (0, batches)
         self.load_state_dict({"epoch": epoch, "batch": batch, "start_state": None})
 
-    @property
-    def place(self) -> tuple[int, int]:
-        """Epoch and number (both from 0) of the batch that was returned last."""
-        return self._epoch, self._batch - 1
-
-    def samples_at(self, place: tuple[int, int]) -> list[str] | None:
-        """Name the samples of the batch at ``place``; None where the loader's sampler cannot tell."""
-        indices = getattr(getattr(self.loader, "batch_sampler", None), "indices", None)
-        if indices is None:
-            return None
-        where = getattr(self.loader.dataset, "where", "sample {}".format)  # type: ignore[attr-defined]
-        return [where(index) for index in indices(*place)]
-
     def one_pass(self) -> Iterator[Any]:
         """Return one pass over the loader's data from its beginning, which leaves the position as it is.
 
@@ -147,6 +136,93 @@ class CyclicIterator:
         for name, generator in _generators(self.loader).items():
             if name in states:
                 generator.set_state(states[name])
+
+
+class CursorIterator(CyclicIterator):
+    """Iterates over a loader whose batches are cut from a global order by a `DistributedBatchSampler`.
+
+    The position is a place in that order, where a global batch begins, and what was taken of it. It is the same on
+    all ranks and for any number of ranks, nothing is fetched to get there, and no random number is drawn.
+    """
+
+    shared_position = True
+    """The state of one rank is that of all."""
+
+    def __init__(self, loader: Any, cyclic: bool = True) -> None:
+        super().__init__(loader, cyclic)
+        self.sampler: DistributedBatchSampler = loader.batch_sampler
+        self._position: Position | None = None  # None: where the loader starts by itself
+        self._taken = 0  # micro batches of the global batch that begins there
+
+    def __next__(self) -> Any:
+        if self._batches is None:
+            self._batches = self._open()
+        batch = next(self._batches)
+        if self._taken == self.sampler.num_microbatches:
+            self.sampler.begun.popleft()
+            self._position, self._taken = self.sampler.begun[0], 0
+        self._taken += 1
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, in types that ``torch.load(weights_only=True)`` accepts.
+
+        ``taken`` counts units of the global batch, on all ranks together: 0 after every step.
+        """
+        position, taken = self._position or self.sampler.first, self._taken
+        if taken == self.sampler.num_microbatches:
+            position, taken = self.sampler.begun[1], 0
+        return {**position.to_dict(), "taken": taken * self._stride, "order": dict(self.sampler.source.about)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue at a saved position; takes effect with the next batch.
+
+        Raises:
+            UserError: it lies within a global batch, at a place where no micro batch of this split begins.
+        """
+        for difference in what_differs(state["order"], self.sampler.source.about):
+            warn_rank_0(f"the order of the samples is not the one that was saved: {difference}. It goes on from there.")
+        taken, rest = divmod(state["taken"], self._stride)
+        if rest or taken >= self.sampler.num_microbatches:
+            raise UserError(
+                f"the position was saved after {state['taken']} samples of a global batch, which micro batches of "
+                f"{self._stride} samples on all ranks do not reach; use the --micro-batch-size it was saved with"
+            )
+        self._position, self._taken = as_position(state), taken
+        self._close()
+
+    def seek(self, batches: int) -> None:
+        """Continue after ``batches`` batches of this rank from the very start."""
+        self._position, self._taken = self.sampler.after(batches * self._stride), 0
+        self._close()
+
+    @property
+    def place(self) -> tuple[Position | None, int]:
+        """Where the global batch began of which a batch was returned last, and the number of that batch in it."""
+        return self._position, self._taken - 1
+
+    def samples_at(self, place: tuple[Position, int]) -> list[str]:
+        """Name the samples of the batch at ``place``."""
+        where = getattr(self.loader.dataset, "where", "sample {}".format)  # type: ignore[attr-defined]
+        return [where(sample) for sample in self.sampler.samples_at(*place)]
+
+    @property
+    def _stride(self) -> int:
+        return self.sampler.micro_batch_size * self.sampler.num_ranks
+
+    def _open(self) -> Iterator[Any]:
+        self._position = self._position or self.sampler.first
+        self.sampler.start_at(self._position, self._taken, endless=self.cyclic)
+        before = accelerator.rng_state()  # torch draws a seed for the workers; a resumed run would draw another
+        with _signals_for_this_process_only():
+            batches = iter(self.loader)
+        accelerator.set_rng_state(before)
+        return batches
+
+    def _close(self) -> None:
+        self._batches = None
+        if getattr(self.loader, "_iterator", None) is not None:
+            self.loader._iterator = None  # type: ignore[attr-defined]  # its workers have fetched ahead elsewhere
 
 
 class _StartAt:
@@ -252,6 +328,12 @@ def build_iterations(
     def convert(loader: Any) -> Any:
         if isinstance(loader, Mapping):
             return {name: convert(one) for name, one in loader.items()}
-        return None if loader is None else CyclicIterator(loader, cyclic)
+        return None if loader is None else iterate(loader, cyclic)
 
     return convert(train_dl), convert(val_dl), convert(test_dl)
+
+
+def iterate(loader: Iterable[Any], cyclic: bool = True) -> CyclicIterator:
+    """Return the iterator that knows best where it stands in ``loader``."""
+    ours = isinstance(getattr(loader, "batch_sampler", None), DistributedBatchSampler)
+    return CursorIterator(loader, cyclic) if ours else CyclicIterator(loader, cyclic)

@@ -11,42 +11,24 @@ _BASIC, _PREPROCESS, _ATTR = "basic_parameters", "preprocess_parameters", "attr"
 
 # (section, keys, why they have no effect)
 _WITHOUT_EFFECT: list[tuple[str, tuple[str, ...], str]] = [
-    (_BASIC, ("template", "tool_format"), "prompts are rendered by the chat template of the model's own folder"),
+    (_BASIC, ("tool_format",), "tools are written as the model's chat template does"),
     (
         _BASIC,
-        (
-            "cache_dir",
-            "overwrite_cache",
-            "preprocess_on_fly",
-            "preprocessing_batch_size",
-            "preprocessing_num_workers",
-        ),
-        "samples are prepared when they are fetched, by --num-workers processes",
+        ("overwrite_cache", "preprocess_on_fly", "preprocessing_batch_size"),
+        "the cache knows by content what it has; mindspeed-mm data prepare --overwrite prepares it again",
     ),
     (_PREPROCESS, ("use_fast_tokenizer",), "the fast tokenizer is always used"),
     (_PREPROCESS, ("image_resolution",), "image_max_pixels and image_min_pixels decide"),
-    (
-        _PREPROCESS,
-        (
-            "video_max_pixels",
-            "video_min_pixels",
-            "video_resolution",
-            "video_fps",
-            "video_maxlen",
-            "audio_sampling_rate",
-        ),
-        "rows with videos or audio are refused",
-    ),
+    (_PREPROCESS, ("video_resolution",), "video_max_pixels and video_min_pixels decide"),
+    (_PREPROCESS, ("audio_sampling_rate",), "rows with audio are refused"),
 ]
 _NOT_AVAILABLE: list[tuple[str, tuple[str, ...]]] = [
-    (_BASIC, ("streaming", "packing", "neat_packing")),
     (_PREPROCESS, ("split_special_tokens", "image_do_pan_and_scan", "use_audio_in_video")),
     (_ATTR, ("ranking", "chosen", "rejected")),
 ]
-_SAMPLERS = ("stateful_distributed_sampler", "BaseRandomBatchSampler", "SequentialSampler")
+_SAMPLERS = ("stateful_distributed_sampler", "BaseRandomBatchSampler", "SequentialSampler", "LengthGroupedSampler")
 _LOADER_NOT_AVAILABLE = (
     "data_sharding",
-    "group_data",
     "group_frame",
     "group_resolution",
     "priority_mode",
@@ -73,10 +55,65 @@ def check_dataset_keys(param: Any) -> None:
             "data.json: dataset_param.basic_parameters: train_on_prompt and mask_history contradict each other; "
             "set one of them to false"
         )
+    if basic.mixture:
+        _check_mixture(param)
+    elif basic.streaming:
+        _check_streaming(param)
     for section, keys, why in _WITHOUT_EFFECT:
         given = [key for key in keys if key in getattr(param, section)]
         if given:
             print_rank_0(f"data.json: {', '.join(given)}: no effect, because {why}")
+
+
+def wants_packing(param: Any) -> bool:
+    """Return whether samples are to be packed, as any of the three keys for it may ask.
+
+    Args:
+        param: typed ``dataset_param``.
+
+    Raises:
+        UserError: the keys contradict each other, or nothing says how long a sequence is.
+    """
+    basic = param.basic_parameters
+    given = {
+        "basic_parameters.packing": basic.packing,
+        "basic_parameters.neat_packing": basic.neat_packing or None,
+        "attr.packing": param.attr.packing,
+    }
+    asked = [key for key, value in given.items() if value]
+    refused = [key for key, value in given.items() if value is False]
+    if asked and refused:
+        raise UserError(
+            f"data.json: dataset_param: {asked[0]} is true and {refused[0]} is false; they mean the same, set one"
+        )
+    if asked and basic.seq_length is None:
+        raise UserError(f"data.json: dataset_param.{asked[0]}: pass --seq-length, the tokens of a packed sequence")
+    return bool(asked)
+
+
+def _check_mixture(param: Any) -> None:
+    basic = param.basic_parameters
+    where = "data.json: dataset_param.basic_parameters.mixture"
+    if basic.dataset:
+        raise UserError(f"{where}: there is a 'dataset' beside it; make it an entry of the list, or remove one of them")
+    if basic.streaming:
+        raise UserError(f"{where}: data sets of a mixture cannot be streamed; set streaming to false")
+    if len({one.weight is None for one in basic.mixture}) > 1:
+        raise UserError(f"{where}: some data sets have a weight and some have not; give it to all or to none")
+
+
+def _check_streaming(param: Any) -> None:
+    where = "data.json: dataset_param.basic_parameters.streaming"
+    for key in ("max_samples", "val_rate"):
+        if param.basic_parameters.get(key):
+            raise UserError(
+                f"{where}: {key} needs the number of rows, which a stream does not tell; remove one of them"
+            )
+    if param.on_bad_sample == "quarantine" and isinstance(param.bad_sample_budget, float):
+        raise UserError(
+            f"{where}: dataset_param.bad_sample_budget {param.bad_sample_budget} is a share of rows that nobody has "
+            "counted; set it to a number of bad samples to put up with"
+        )
 
 
 def check_dataloader_keys(param: Any) -> None:

@@ -1,15 +1,33 @@
-"""A resumable loader whose workers report a user's mistakes as such."""
+"""A resumable loader whose workers report a user's mistakes as such, and go on without bad samples if told to."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from mindspeed_mm.data.parcel import Parcel
+from mindspeed_mm.data.quarantine import BadSample
 from mindspeed_mm.errors import UserError
+
+
+class Batch(dict[str, Any]):
+    """A batch in which short samples without a target stand in for bad ones.
+
+    Attributes:
+        bad: the bad samples.
+    """
+
+    def __init__(self, values: Mapping[str, Any], bad: list[BadSample]) -> None:
+        super().__init__(values)
+        self.bad = bad
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Batch, (dict(self), self.bad)
 
 
 class MultiModalDataLoader(StatefulDataLoader):
@@ -17,6 +35,9 @@ class MultiModalDataLoader(StatefulDataLoader):
 
     torch re-raises an exception of a worker process with the worker's traceback as its message. A ``UserError`` is a
     message and nothing else, so workers hand it over in place of the batch and it is raised here as it was.
+
+    Where the data set has a ``quarantine``, a bad sample is replaced by the data set's ``stand_in()``; it is put on
+    the list when the batch is taken, not when a worker fetches it ahead.
 
     Args:
         dataset: map-style.
@@ -42,7 +63,7 @@ class MultiModalDataLoader(StatefulDataLoader):
 
     def __iter__(self) -> Iterator[Any]:
         """Start an epoch; workers start fetching at once."""
-        return map(_raise_mistake, super().__iter__())
+        return map(self._receive, super().__iter__())
 
     def one_pass(self) -> MultiModalDataLoader:
         """Return a loader of the batches that ``DistributedBatchSampler.one_pass`` gives, with workers of its own."""
@@ -53,7 +74,24 @@ class MultiModalDataLoader(StatefulDataLoader):
 
     def stand_in(self) -> Any:
         """Return a batch of the first sample, for a rank to which a pass gives none."""
-        return _raise_mistake(self.collate_fn([self.dataset[0]]))
+        return self._receive(self.collate_fn([self.dataset[sample] for sample in self.batch_sampler.stand_in()]))
+
+    def _receive(self, batch: Any) -> Any:
+        if isinstance(batch, UserError):
+            # A new one: raised itself, it would hold this frame, which holds it, and workers end late as cyclic
+            # garbage.
+            raise type(batch)(*batch.args)
+        if isinstance(batch, Parcel):
+            return batch.unpack()
+        if isinstance(batch, Batch):
+            self.dataset.quarantine.add(batch.bad)
+        return batch
+
+
+@dataclass(frozen=True)
+class _StandIn:
+    values: dict[str, Any]
+    error: BadSample
 
 
 class _Guarded(Dataset[Any]):
@@ -66,6 +104,10 @@ class _Guarded(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         try:
             return self.dataset[index]
+        except BadSample as error:
+            if getattr(self.dataset, "quarantine", None) is None:
+                return error
+            return _StandIn(self.dataset.stand_in(), error)
         except UserError as error:
             return error
 
@@ -81,11 +123,10 @@ class _GuardedCollate:
 
     def __call__(self, samples: Sequence[Any]) -> Any:
         mistake = next((sample for sample in samples if isinstance(sample, UserError)), None)
-        return self.collate_fn(list(samples)) if mistake is None else mistake
-
-
-def _raise_mistake(batch: Any) -> Any:
-    if isinstance(batch, UserError):
-        # A new one: raised itself, it would hold this frame, which holds it, and workers end late as cyclic garbage.
-        raise UserError(*batch.args)
-    return batch
+        if mistake is not None:
+            return mistake
+        bad = [sample.error for sample in samples if isinstance(sample, _StandIn)]
+        batch = self.collate_fn([sample.values if isinstance(sample, _StandIn) else sample for sample in samples])
+        if bad:
+            return Batch(batch, bad)
+        return Parcel(batch) if type(batch) is dict and get_worker_info() is not None else batch

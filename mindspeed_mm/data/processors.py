@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mindspeed_mm.data.video import load_video_processor
 from mindspeed_mm.errors import UserError
 
 # Where a folder may name its processor class, the most specific file first.
@@ -16,8 +17,8 @@ def load_processor(folder: str | Path, trust_remote_code: bool = False) -> Any:
     """Return the processor of a Hugging Face folder, or its tokenizer if the model has no other input than text.
 
     Video processors need torchvision, and a processor class cannot be built without its video processor. Where
-    torchvision is missing the same class is therefore loaded with its image processor and tokenizer only: text
-    and images work as ever, videos are refused by the class itself.
+    torchvision is missing the same class is therefore loaded with its image processor and tokenizer only. It is given
+    its video processor afterwards, with torch in torchvision's place, where `load_video_processor` knows how.
 
     Args:
         folder: a local folder with the tokenizer and processor files of the model. Nothing is downloaded.
@@ -42,7 +43,11 @@ def load_processor(folder: str | Path, trust_remote_code: bool = False) -> Any:
             return AutoTokenizer.from_pretrained(path, **options)
         if is_torchvision_available():
             return AutoProcessor.from_pretrained(path, **options)
-        return _without_video(_find_class(name, path)).from_pretrained(path, **options)
+        found = _find_class(name, path)
+        processor = _without_video(found).from_pretrained(path, **options)
+        if found is not type(processor) and (video_processor := load_video_processor(found, path)) is not None:
+            processor.video_processor = video_processor
+        return processor
     except (OSError, ValueError, ImportError, AttributeError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

@@ -8,6 +8,7 @@ from mindspeed_mm.losses.cross_entropy import (
     mean_token_loss,
     per_sample_loss,
     shift_labels,
+    sum_by_sample,
     token_losses,
     token_sum_loss,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "mean_token_loss",
     "per_sample_loss",
     "shift_labels",
+    "sum_by_sample",
     "token_losses",
     "token_sum_loss",
 ]

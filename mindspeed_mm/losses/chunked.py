@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mindspeed_mm.losses.cross_entropy import token_losses
+from mindspeed_mm.losses.cross_entropy import sum_by_sample, token_losses
 
 LARGE_LOGITS = 2 * 2**30
 """Bytes of fp32 logits from which on they are the peak of a step; see :func:`logits_bytes`."""
@@ -33,7 +33,7 @@ class HeadResult:
     """What the head returned, to be compared with what the model passed on.
 
     Attributes:
-        sums: (B,), or (1,) from a kernel, fp32; None unless the head was called with the targets' shape.
+        sums: one for each sample, or (1,) from a kernel, fp32; None unless the head was called with the targets' shape.
     """
 
     sums: Tensor | None = None
@@ -41,7 +41,11 @@ class HeadResult:
 
 @contextmanager
 def head_returns_loss_sums(
-    head: nn.Module, targets: Tensor, chunk_size: int, kernel: FusedKernel | None = None
+    head: nn.Module,
+    targets: Tensor,
+    chunk_size: int,
+    kernel: FusedKernel | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Iterator[HeadResult]:
     """Make ``head(hidden)`` return the summed cross entropy of each sample instead of the logits.
 
@@ -58,6 +62,7 @@ def head_returns_loss_sums(
         chunk_size: tokens of each chunk.
         kernel: computes the sum over all samples in one go, where the head is a plain ``nn.Linear``. Its gradient
             is that of one scalar, so a loss that weighs the samples differently cannot use it.
+        cu_seqlens: of a packed row, see :func:`~mindspeed_mm.losses.cross_entropy.sum_by_sample`.
     """
     project, replaced = head.forward, "forward" in vars(head)
     fused = kernel if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and not replaced else None
@@ -75,7 +80,7 @@ def head_returns_loss_sums(
             return result.sums
         chunks = zip(flat.split(chunk_size), flat_targets.split(chunk_size), strict=True)
         losses = [checkpoint(losses_of_chunk, h, t, use_reentrant=False) for h, t in chunks]
-        result.sums = torch.cat(losses).view(targets.shape).sum(dim=1)
+        result.sums = sum_by_sample(torch.cat(losses).view(targets.shape), cu_seqlens)
         return result.sums
 
     head.forward = forward

@@ -2,7 +2,8 @@
 
 Every loss here is a function of two vectors over the samples of the micro-batch: the summed cross entropy of
 each sample and its number of target tokens. That keeps the reductions independent of how the cross entropy was
-computed, in one piece or in chunks. ``docs/en/losses.md`` says what becomes of them over a global batch.
+computed, in one piece or in chunks, and of whether a sample is a row or a piece of a packed one.
+``docs/en/losses.md`` says what becomes of them over a global batch.
 """
 
 from __future__ import annotations
@@ -47,7 +48,26 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return flat.view(targets.shape)
 
 
-def cross_entropy_sums(logits: Tensor, targets: Tensor) -> Tensor:
+def sum_by_sample(values: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Return the sum over each sample: over each row, or over each piece of one packed row.
+
+    Args:
+        values: (B, S); bool is counted.
+        cu_seqlens: (N + 1,) integers, ascending from 0: sample ``n`` of a packed row (B = 1) is
+            ``[cu_seqlens[n], cu_seqlens[n + 1])``. What lies behind the last is added to it; it must be 0.
+
+    Returns:
+        (B,), or (N,) of a packed row; int64 for bool and integers.
+    """
+    if cu_seqlens is None:
+        return values.sum(dim=1)
+    values = values[0].long() if values.dtype == torch.bool else values[0]
+    positions = torch.arange(len(values), device=values.device, dtype=cu_seqlens.dtype)
+    sample = torch.bucketize(positions, cu_seqlens[1:-1], right=True)
+    return values.new_zeros(len(cu_seqlens) - 1).index_add(0, sample, values)
+
+
+def cross_entropy_sums(logits: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     """Return the cross entropy of each sample, summed over its target tokens; 0 where it has none.
 
     ``sums[b] = - sum over s with targets[b, s] >= 0 of log softmax(logits[b, s])[targets[b, s]]``
@@ -55,11 +75,12 @@ def cross_entropy_sums(logits: Tensor, targets: Tensor) -> Tensor:
     Args:
         logits: (B, S, V), any floating dtype.
         targets: (B, S) from :func:`shift_labels`.
+        cu_seqlens: of a packed row, see :func:`sum_by_sample`.
 
     Returns:
-        (B,) in fp32 (fp64 for fp64 logits).
+        (B,), or (N,) of a packed row, in fp32 (fp64 for fp64 logits).
     """
-    return token_losses(logits, targets).sum(dim=1)
+    return sum_by_sample(token_losses(logits, targets), cu_seqlens)
 
 
 def mean_token_loss(sums: Tensor, counts: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from mindspeed_mm.models.transformers.blank_image import BlankImage
 from mindspeed_mm.models.transformers.families import family_of, has_vision
 from mindspeed_mm.models.transformers.freeze import freeze_components
 from mindspeed_mm.models.transformers.language_loss import LanguageModelLoss
+from mindspeed_mm.models.transformers.packed_attention import PackedAttention
+from mindspeed_mm.models.transformers.vision_metadata import VisionMetadata
 from mindspeed_mm.models.transformers.weight_layout import share_weight_layout
 
 
@@ -86,19 +88,34 @@ class TransformersModel(MultiModalModule):
                 f"{model_cls.__name__} has a vision tower but no entry in FAMILIES (mindspeed_mm/models/transformers/"
                 f"families.py): every micro-batch of every rank needs an image, or the ranks fall out of step."
             )
+        self._packed_attention = PackedAttention(self.model)
+        self._vision_metadata = VisionMetadata(self.model)
         self._accepts = set(inspect.signature(self.model.forward).parameters)
 
     def fully_shard(self, process_group: dist.ProcessGroup, fsdp2_config_path: str, **kwargs: Any) -> Any:
         """Shard the HF model, whose own override counts; paths in the yaml start inside it."""
         return prepare_model(self.model, process_group, fsdp2_config_path)
 
-    def forward(self, input_ids: Tensor, *, labels: Tensor | None = None, **batch: Any) -> dict[str, Tensor]:
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        labels: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        vision_metadata: dict[str, dict[str, Any]] | None = None,
+        **batch: Any,
+    ) -> dict[str, Tensor]:
         """Return the loss of one micro-batch.
 
         Args:
             input_ids: (B, S) tokens.
             labels: (B, S), the token ids that are targets and -100 elsewhere. They are shifted here, and never
                 passed to HF.
+            cu_seqlens: (N + 1,) int32, where the N samples of a packed row begin and the last one ends (B = 1); the
+                first label of each sample must be -100, and ``position_ids`` start anew with each.
+            max_seqlen: with ``cu_seqlens``, the length of the longest sample, or of the padding.
+            vision_metadata: for ``image`` and ``video``, what the vision tower would compute from the grids.
             **batch: whatever else the HF model takes; None is left out.
 
         Returns:
@@ -111,8 +128,12 @@ class TransformersModel(MultiModalModule):
             raise UserError("the batch has no 'labels': the dataset or get_batch must provide them for training.")
         batch = {key: value for key, value in batch.items() if value is not None}
         self._add_token_types(input_ids, batch)
-        with self._blank_image.for_batch(batch) if self._blank_image else nullcontext():
-            return self._loss(self.model, {"input_ids": input_ids, **batch}, labels)
+        with ExitStack() as around:
+            if self._blank_image:
+                around.enter_context(self._blank_image.for_batch(batch))
+            around.enter_context(self._packed_attention.for_batch(cu_seqlens, max_seqlen))
+            around.enter_context(self._vision_metadata.for_batch(vision_metadata, input_ids.device))
+            return self._loss(self.model, {"input_ids": input_ids, **batch}, labels, cu_seqlens)
 
     def generate(self, input_ids: Tensor, *, max_new_tokens: int, stop: Sequence[int], **batch: Any) -> Tensor:
         """Continue a prompt greedily; all ranks call this with the same arguments.

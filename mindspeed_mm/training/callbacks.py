@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from mindspeed_mm.data.iterators import CyclicIterator
+from mindspeed_mm.data.iterators import iterate
 from mindspeed_mm.errors import UserError
 
 Iterators = tuple["Iterator[Any] | None", dict[str, Iterator[Any]], dict[str, Iterator[Any]]]
@@ -63,7 +63,7 @@ def _to_iterator(name: str, loader: Any) -> Iterator[Any] | None:
     if loader is None:
         return None
     try:
-        iterator = iter(loader) if hasattr(loader, "__next__") else CyclicIterator(loader)
+        iterator = iter(loader) if hasattr(loader, "__next__") else iterate(loader)
     except TypeError:
         iterator = None
     if iterator is None or not hasattr(loader, "__iter__"):

@@ -12,15 +12,18 @@ from torch.optim import Optimizer
 
 from mindspeed_mm import accelerator
 from mindspeed_mm.checkpoint import store
-from mindspeed_mm.checkpoint.adapters import AdapterFolder, adapter_config, check_adapters, export_adapter
-from mindspeed_mm.checkpoint.coordination import run_together
+from mindspeed_mm.checkpoint.adapters import adapter_config, adapter_files, check_adapters, export_adapter
+from mindspeed_mm.checkpoint.background import HostCopy
+from mindspeed_mm.checkpoint.coordination import rank, run_together
 from mindspeed_mm.checkpoint.hf_export import export_hf
 from mindspeed_mm.checkpoint.hf_import import load_hf_weights
-from mindspeed_mm.checkpoint.publish import TRACKER
+from mindspeed_mm.checkpoint.publish import TRACKER, clean_up
+from mindspeed_mm.checkpoint.retention import Retention
 from mindspeed_mm.checkpoint.tensors import clean_name
 from mindspeed_mm.distributed.state import print_rank_0, warn_rank_0
 from mindspeed_mm.models.transformers_model import TransformersModel
 from mindspeed_mm.optimizer.schedule import Schedule
+from mindspeed_mm.training.saving import Saver
 
 
 class Checkpointer:
@@ -38,13 +41,22 @@ class Checkpointer:
         self.model = model
         self.optimizer = optimizer
         self.schedule = schedule
+        self.saver: Saver | None = None
+        if args.save:
+            keep = Retention(args.keep_last, args.keep_every, args.keep_best)
+            self.saver = Saver(args.save, beside=args.async_save, keep=keep)
         self._rank_state: dict[str, Any] | None = None
+        self._positions: dict[str, Any] = {}
         self._consumed_samples = 0
         self._has_adapters = adapter_config(hf_model(model)) is not None
         # Weights that do not change and can be read again are not saved.
         self._base = base_folder(args, model) if self._has_adapters else None
-        self.newest: Path | None = None
+        self._loaded: Path | None = None
+
+    @property
+    def newest(self) -> Path | None:
         """The newest whole checkpoint that this run has saved, or started from."""
+        return (self.saver.newest if self.saver else None) or self._loaded
 
     @property
     def resumes_itself(self) -> bool:
@@ -61,25 +73,23 @@ class Checkpointer:
             UserError: what is to be loaded holds no checkpoint, or one that does not fit.
         """
         args = self.args
+        if args.save and Path(args.save).is_dir():
+            run_together(f"cleaning {args.save}", lambda: clean_up(Path(args.save)) if rank() == 0 else None)
         resumes = args.auto_resume and args.save is not None and (Path(args.save) / TRACKER).is_file()
         folder = args.save if resumes else args.load
         if folder is None or self._has_adapters:
             self._load_initial_weights()
         if folder is None:
             return 0, 0
-        step = None if resumes else args.ckpt_step
-        checked = run_together(
-            f"loading {folder}", lambda: check_adapters(store.find(folder, step), hf_model(self.model), self._base)
-        )
-        for warning in checked:
-            warn_rank_0(warning)
         loaded = store.load(
             folder,
             model=self.model,
             optimizer=None if args.no_load_optim else self.optimizer,
             strict=args.load_strict,
-            step=step,
+            step=None if resumes else args.ckpt_step,
             finetune=args.finetune and not resumes,
+            fallback=args.load_fallback,
+            check=lambda path: check_adapters(path, hf_model(self.model), self._base),
         )
         print_rank_0(f" loading checkpoint from {loaded.path} at iteration {loaded.iteration}")
         for warning in loaded.warnings:
@@ -90,7 +100,8 @@ class Checkpointer:
             self.schedule.load_state_dict(loaded.extra["schedule"])
         self._rank_state = loaded.rank_state
         self._consumed_samples = loaded.extra["consumed_train_samples"]
-        self.newest = loaded.path
+        self._loaded = loaded.path
+        self._positions = loaded.extra.get("positions", {})
         if loaded.rank_state is None:
             warn_rank_0(
                 f"{loaded.path} was saved by another number of ranks: the sample order continues where it was, "
@@ -104,17 +115,22 @@ class Checkpointer:
         Returns:
             The iteration and the number of consumed training samples to continue from.
         """
+        if self.saver:
+            self.saver.wait()
         assert self.newest is not None
         loaded = store.load(self.newest, model=self.model, optimizer=self.optimizer)
         print_rank_0(f" going back to checkpoint {loaded.path} at iteration {loaded.iteration}")
         self.schedule.load_state_dict(loaded.extra["schedule"])
         self._rank_state, self._consumed_samples = loaded.rank_state, loaded.extra["consumed_train_samples"]
+        self._positions = loaded.extra.get("positions", {})
         self.restore_iterators(iterators)
         self.restore_rng()
         return loaded.iteration, self._consumed_samples
 
     def where_to_resume(self) -> str:
         """Tell how to continue after the run has ended without saving its last state."""
+        if self.saver:
+            self.saver.wait()
         if self.newest is None:
             return "no checkpoint was saved before it: start over" + (
                 ", with a smaller --save-interval" if self.args.save else ", with --save and --save-interval"
@@ -142,10 +158,11 @@ class Checkpointer:
 
         Iterators that cannot be positioned are advanced batch by batch, which is said, because it takes time.
         """
-        saved = (self._rank_state or {}).get("iterators", {})
+        own = (self._rank_state or {}).get("iterators", {})
         for name, iterator in iterators.items():
             if iterator is None:
                 continue
+            saved = self._positions if getattr(iterator, "shared_position", False) else own
             batches = self._consumed_samples // (self.args.micro_batch_size * self.args.data_parallel_size)
             if name in saved and hasattr(iterator, "load_state_dict"):
                 iterator.load_state_dict(saved[name])
@@ -162,29 +179,35 @@ class Checkpointer:
             accelerator.set_rng_state(self._rank_state["rng"])
         self._rank_state = None
 
-    def save(self, iteration: int, consumed_samples: int, iterators: Mapping[str, Any]) -> None:
-        """Write a checkpoint. A collective."""
+    def save(
+        self, iteration: int, consumed_samples: int, iterators: Mapping[str, Any], loss: float | None = None
+    ) -> None:
+        """Save the run, with the validation loss of this iteration if there is one. A collective."""
         args = self.args
-        print_rank_0(f"saving checkpoint at iteration {iteration:7d} to {args.save} in {args.ckpt_format} format")
-        rank_state: dict[str, Any] = {
-            "iterators": {name: it.state_dict() for name, it in iterators.items() if hasattr(it, "state_dict")}
-        }
+        assert self.saver is not None
+        states = {name: it.state_dict() for name, it in iterators.items() if hasattr(it, "state_dict")}
+        shared = {name for name in states if getattr(iterators[name], "shared_position", False)}
+        rank_state: dict[str, Any] = {"iterators": {name: states[name] for name in states.keys() - shared}}
         if not args.no_save_rng:
             rank_state["rng"] = accelerator.rng_state()
         extra: dict[str, Any] = {"consumed_train_samples": consumed_samples, "args": plain_values(vars(args))}
+        extra["positions"] = {name: states[name] for name in shared}
         if not args.no_save_optim:
             extra["schedule"] = self.schedule.state_dict()
-        self.newest = store.save(
-            args.save,
-            iteration,
-            model=self.model,
-            optimizer=None if args.no_save_optim else self.optimizer,
-            extra=extra,
-            rank_state=rank_state,
-            adapters_only=self._base is not None,
-            beside=AdapterFolder(hf_model(self.model)).write if self._has_adapters else None,
-        )
-        print_rank_0(f"  successfully saved checkpoint from iteration {iteration:7d} to {args.save} [ t 1/1, p 1/1 ]")
+
+        def take(copy_to: HostCopy | None) -> store.Snapshot:
+            return store.take_snapshot(
+                iteration,
+                model=self.model,
+                optimizer=None if args.no_save_optim else self.optimizer,
+                extra=extra,
+                rank_state=rank_state,
+                adapters_only=self._base is not None,
+                files=adapter_files(hf_model(self.model)) if self._has_adapters else None,
+                copy_to=copy_to,
+            )
+
+        self.saver.save(iteration, take, loss)
 
     def export_hf(self, folder: str) -> None:
         """Write the trained model as a Hugging Face folder. A collective.

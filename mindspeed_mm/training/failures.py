@@ -35,7 +35,7 @@ _LOST = re.compile(
     r"failed to (send|recv)|socket|remote (process|error)|was aborted",
     re.IGNORECASE,
 )
-_FROM_WORKER = re.compile(r"Caught UserError in DataLoader worker .*\.UserError: ", re.DOTALL)
+_FROM_WORKER = re.compile(r"Caught \w+ in DataLoader worker .*\.(UserError|BadSample): ", re.DOTALL)
 
 
 @dataclass

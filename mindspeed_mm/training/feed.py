@@ -82,8 +82,10 @@ class Feed:
 
 
 def count_samples(batch: Any) -> int:
-    """Return the first dimension of a batch: of its ``input_ids`` or ``labels``, else of its first tensor; or 1."""
+    """Return the samples of a packed row, else the first dimension of ``input_ids``, ``labels`` or a tensor; or 1."""
     if isinstance(batch, Mapping):
+        if isinstance(ends := batch.get("cu_seqlens"), Tensor):
+            return len(ends) - 1
         values = [batch.get("input_ids"), batch.get("labels"), *batch.values()]
     else:
         values = list(batch) if isinstance(batch, (tuple, list)) else [batch]

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from mindspeed_mm import accelerator
-from mindspeed_mm.data.datasets import ConversationDataset
+from mindspeed_mm.data.datasets import ConversationDataset, Question
+from mindspeed_mm.data.quarantine import BadSample
 from mindspeed_mm.distributed.state import print_rank_last
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.transformers_model import TransformersModel
@@ -66,14 +67,19 @@ class GenerationCheck:
         with undisturbed(self.model):
             for name, (dataset, count) in self.datasets.items():
                 for index in range(count):
-                    matches, sample = self._answer(dataset, index, f"validation {name}".strip())
+                    try:
+                        question = dataset.question(index)
+                    except BadSample:
+                        if dataset.quarantine is None:
+                            raise
+                        continue  # on every rank; validation itself lists it
+                    matches, sample = self._answer(dataset, question, index, f"validation {name}".strip())
                     right += matches
                     shown.append(sample)
         print_rank_last(f" generation at iteration {progress.iteration} | exact match: {right} of {len(shown)}")
-        log.generations(progress.iteration, progress.consumed_samples, right / len(shown), shown)
+        log.generations(progress.iteration, progress.consumed_samples, right / max(len(shown), 1), shown)
 
-    def _answer(self, dataset: ConversationDataset, index: int, name: str) -> tuple[bool, Shown]:
-        question = dataset.question(index)
+    def _answer(self, dataset: ConversationDataset, question: Question, index: int, name: str) -> tuple[bool, Shown]:
         device = accelerator.device()
         inputs = {k: v.to(device, self.dtype if v.is_floating_point() else None) for k, v in question.inputs.items()}
         tokens = self.model.generate(

@@ -27,6 +27,8 @@ class Progress:
     iteration: int
     consumed_samples: int
     publish: Callable[[int, int], None]
+    evaluated: tuple[int, float] | None = None
+    """Iteration and validation loss of the newest evaluation."""
 
     def advance(self, samples: int) -> None:
         """Count one finished step."""
@@ -36,6 +38,11 @@ class Progress:
         """Stand after ``iteration``."""
         self.iteration, self.consumed_samples = iteration, consumed_samples
         self.publish(iteration, consumed_samples)
+
+    @property
+    def validation_loss(self) -> float | None:
+        """The validation loss of this iteration, or None if it was not evaluated."""
+        return self.evaluated[1] if self.evaluated and self.evaluated[0] == self.iteration else None
 
 
 @dataclass(frozen=True)
@@ -132,6 +139,8 @@ class Trainer:
                 check=self.feed.check,
             )
         print_losses(where, losses)
+        if name == "validation":
+            self.progress.evaluated = (self.progress.iteration, next(iter(losses.values())))
         self.log.validation(self.progress.iteration, self.progress.consumed_samples, losses)
         if self.generate and name == "validation":
             with phase("generation", patient=True):

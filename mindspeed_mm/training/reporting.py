@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mindspeed_mm import accelerator
 from mindspeed_mm.distributed.state import data_parallel_group, is_last_rank, print_line, print_rank_last
+from mindspeed_mm.training.patient_file import PatientFile
 from mindspeed_mm.training.sinks import Shown, Sink
 
 
@@ -321,7 +322,7 @@ def _open_metrics(path: Path, start_iteration: int, continues: bool = False) -> 
         complete = [text for text in path.read_text(encoding="utf-8").splitlines(keepends=True) if text.endswith("\n")]
         kept = [text for text in complete if json.loads(text)["iteration"] <= start_iteration]
         path.write_text("".join(kept), encoding="utf-8")
-    return path.open("a", encoding="utf-8")
+    return PatientFile(path)
 
 
 def _start_progress(train_iters: int) -> Any:

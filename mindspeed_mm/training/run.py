@@ -17,6 +17,7 @@ from mindspeed_mm.arguments import parse_args, report_inert_flags, set_args, val
 from mindspeed_mm.checkpoint.disks import check_shared
 from mindspeed_mm.checkpoint.publish import folder_name
 from mindspeed_mm.configs.config import merge_mm_args
+from mindspeed_mm.data import quarantine
 from mindspeed_mm.data.iterators import CyclicIterator
 from mindspeed_mm.distributed import phases, state
 from mindspeed_mm.distributed.phases import phase
@@ -38,6 +39,7 @@ from mindspeed_mm.training.model_setup import build_model
 from mindspeed_mm.training.nonfinite import NonFinitePolicy
 from mindspeed_mm.training.optimizer_setup import optimizer_from, parameter_groups, schedule_from
 from mindspeed_mm.training.reporting import TrainingLog
+from mindspeed_mm.training.saving import Saver
 from mindspeed_mm.training.sinks import Sink, open_sinks
 from mindspeed_mm.training.step_feed import LeftOut, StepFeed
 from mindspeed_mm.training.token_check import TokenCheck
@@ -102,6 +104,9 @@ def _run(
     checkpointer = Checkpointer(args, model, engine.optimizer, schedule)
     with phase("loading"):
         args.iteration, args.consumed_train_samples = checkpointer.load()
+    if args.save and not checkpointer.resumes_itself and dist.get_rank() == 0:
+        quarantine.start_over(args.save)
+    dist.barrier()  # nobody reads or writes the list of bad samples before
     with phase("preparing the data"):
         train, valid, test = _build_iterators(args, dataset_provider)
         checkpointer.restore_iterators(_named_iterators(train, valid))
@@ -119,11 +124,13 @@ def _run(
     trainer.observers = [profiler.step, memory_profiler.step]
     if args.export_hf_interval:
         trainer.observers.append(lambda: _export_now_and_then(args, checkpointer))
+    if checkpointer.saver:
+        trainer.observers.append(checkpointer.saver.check)
     if args.nan_policy == "rollback" and not args.skip_train:
         _prepare_rollback(trainer, checkpointer, train)
     profiler.start()
     try:
-        stopped = _train_and_evaluate(args, trainer, exits, valid, test)
+        stopped = _train_and_evaluate(args, trainer, exits, valid, test, checkpointer.saver)
     finally:
         profiler.stop()
         memory_profiler.stop()
@@ -132,6 +139,9 @@ def _run(
         with phase("export", patient=True):
             checkpointer.export_hf(args.export_hf)
     trainer.log.close()
+    dist.barrier()  # what the others have quarantined is on the list
+    if args.save and dist.get_rank() == 0 and (summary := quarantine.summarise(args.save)):
+        state.print_rank_0(summary)
     if watch:
         watch.stop()
     state.shutdown()
@@ -215,7 +225,9 @@ def _build_trainer(
     iterators = _named_iterators(train, valid)
     save = None
     if args.save:
-        save = lambda: checkpointer.save(progress.iteration, progress.consumed_samples, iterators)  # noqa: E731
+        save = lambda: checkpointer.save(  # noqa: E731
+            progress.iteration, progress.consumed_samples, iterators, progress.validation_loss
+        )
     # 6 x parameters is the usual estimate for forward and backward of a token (Kaplan et al., 2020).
     parameters = sum(p.numel() for p in engine.module.parameters())
     log = TrainingLog(
@@ -288,12 +300,17 @@ def _train_and_evaluate(
     exits: ExitWatch,
     valid: dict[str, Iterator[Any]],
     test: dict[str, Iterator[Any]],
+    saver: Saver | None,
 ) -> bool:
     """Return whether the run was stopped early."""
     if not args.skip_train:
         state.print_rank_0("training ...")
         exits.begin()
-        if trainer.train(exits) is not None:
+        reason = trainer.train(exits)
+        if saver:
+            with phase("save", patient=True):
+                saver.finish()
+        if reason is not None:
             return True
         exits.end()
         state.print_rank_0("after training is done")

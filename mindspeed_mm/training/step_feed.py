@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed_mm import accelerator
+from mindspeed_mm.data.loaders import Batch
 from mindspeed_mm.losses import IGNORE
 from mindspeed_mm.training.feed import Feed
 
@@ -97,9 +99,9 @@ class StepFeed(Feed):
         while self.left_out.touches(self.position, self.position + self.stride):
             self._pass_over()
         batch = super().__next__()
-        copy = dict(batch) if isinstance(batch, Mapping) else batch  # callbacks may put other tensors into theirs
+        taken = copy(batch) if isinstance(batch, Mapping) else batch  # callbacks may put other tensors into theirs
         first, self.position = self.position, self.position + self.stride
-        self.taken.append(TakenBatch(copy, accelerator.rng_state(), self.place, first, self.position))
+        self.taken.append(TakenBatch(taken, accelerator.rng_state(), self.place, first, self.position))
         return batch
 
     def _pass_over(self) -> None:
@@ -118,11 +120,14 @@ def replay(taken: list[TakenBatch]) -> Iterator[Any]:
 
 
 def count_targets(taken: list[TakenBatch]) -> int | None:
-    """Return the labels of these batches that are targets; None when one has no labels in host memory."""
+    """Return the labels of these batches that are targets.
+
+    None when that says nothing: one has no labels in host memory, or bad samples were left out of it.
+    """
     total = 0
     for item in taken:
         labels = item.batch.get("labels") if isinstance(item.batch, Mapping) else None
-        if not (isinstance(labels, Tensor) and labels.is_cpu):
+        if not (isinstance(labels, Tensor) and labels.is_cpu) or isinstance(item.batch, Batch):
             return None
         total += int((labels[..., 1:] != IGNORE).sum())
     return total

@@ -43,13 +43,20 @@ class TokenCheck:
         ids, labels = batch.get("input_ids"), batch.get("labels")
         if not isinstance(ids, Tensor) or not _is_host_table(ids):
             return
+        ends = batch.get("cu_seqlens")
         if self._inputs:
-            self._refuse("input_ids", ids, self._inputs, self._placeholders, names)
+            self._refuse("input_ids", ids, self._inputs, self._placeholders, names, ends)
         if self._outputs and isinstance(labels, Tensor) and _is_host_table(labels) and labels.shape == ids.shape:
-            self._refuse("labels", labels, self._outputs, {IGNORE}, names)
+            self._refuse("labels", labels, self._outputs, {IGNORE}, names, ends)
 
     def _refuse(
-        self, key: str, values: Tensor, size: int, allowed: set[int], names: Callable[[], list[str] | None]
+        self,
+        key: str,
+        values: Tensor,
+        size: int,
+        allowed: set[int],
+        names: Callable[[], list[str] | None],
+        ends: Tensor | None,
     ) -> None:
         outside = (values < 0) | (values >= size)
         for value in allowed:
@@ -57,10 +64,14 @@ class TokenCheck:
         if not outside.any():
             return
         row, position = outside.nonzero()[0].tolist()
+        value, number = int(values[row, position]), row
+        if ends is not None:  # the samples of a packed row
+            number = int((ends[1:] <= position).sum())
+            position -= int(ends[number])
         samples = names()
-        sample = samples[row] if samples and row < len(samples) else f"row {row} of the batch"
+        sample = samples[number] if samples and number < len(samples) else f"row {row} of the batch"
         raise UserError(
-            f"{sample}: {key} has {int(values[row, position])} at position {position}, the model's vocabulary has "
+            f"{sample}: {key} has {value} at position {position}, the model's vocabulary has "
             f"{size} tokens. Use the tokenizer of this model, or a model whose vocabulary covers it"
             + (f"; {IGNORE} marks what is no target." if key == "labels" else ".")
         )

@@ -15,6 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from mindspeed_mm.checkpoint import store
+from mindspeed_mm.distributed.reduction import sum_gradients
+from mindspeed_mm.optimizer.selection import EMAAdamW
 
 
 class Small(nn.Module):
@@ -39,16 +41,22 @@ class Small(nn.Module):
         return self.head(self.frozen(x)) * self.scale
 
 
-def build(seed: int, optimizer: str = "adamw") -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Return a model, sharded when there are ranks, and an optimizer with two parameter groups."""
+def build(seed: int, optimizer: str = "adamw", replicas: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return a model, sharded when there are ranks, and an optimizer with two parameter groups.
+
+    With ``replicas`` it is sharded over so many groups of ranks, each of which has all of it (HSDP).
+    """
     torch.manual_seed(seed)
     model = Small()
     if dist.is_initialized():
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        world = dist.get_world_size()
+        shape, names = ((replicas, world // replicas), ("replicate", "shard")) if replicas else ((world,), ("shard",))
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
         ignored = {model.scale}
         for layer in model.body:
             fully_shard(layer, mesh=mesh, ignored_params=ignored)
         fully_shard(model, mesh=mesh, ignored_params=ignored)
+        sum_gradients(model)  # older versions of torch ask gloo for an average, which it does not have
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in params if p.ndim > 1], "weight_decay": 0.1},
@@ -56,18 +64,26 @@ def build(seed: int, optimizer: str = "adamw") -> tuple[nn.Module, torch.optim.O
     ]
     if optimizer == "sgd":
         return model, torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    if optimizer == "ema":
+        return model, EMAAdamW(groups, lr=0.01, ema_decay=0.9)
     return model, torch.optim.AdamW(groups, lr=0.01, fused=optimizer == "fused")
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
-    """Run the given steps on the same data on all ranks."""
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
+    """Run the given steps on the same data on all ranks and return their losses."""
+    losses = []
     for step in steps:
         tokens = torch.arange(6).view(2, 3).add(step).remainder(7)
-        model(tokens).square().mean().backward()
+        loss = model(tokens).square().mean()
+        (loss / (dist.get_world_size() if dist.is_initialized() else 1)).backward()
+        if dist.is_initialized():
+            model.scale.grad.mul_(dist.get_world_size())  # not sharded, so not summed
+        losses.append(loss.item())
         for group in optimizer.param_groups:
             group["lr"] = 0.01 / (1 + step)
         optimizer.step()
         optimizer.zero_grad()
+    return losses
 
 
 def full_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -140,7 +156,7 @@ def resume(folder: Path, optimizer: str, steps: int, more: int) -> None:
         rank_state=loaded.rank_state,
     )
     for file in loaded.path.iterdir():
-        if file.name != ".metadata":
+        if file.name not in (".metadata", "manifest.json"):
             assert file.read_bytes() == (again / file.name).read_bytes(), file.name
     train(resumed, resumed_optim, range(steps, steps + more))
     assert_same(full_state(straight, optim), full_state(resumed, resumed_optim))

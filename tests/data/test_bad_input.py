@@ -50,7 +50,12 @@ ROWS = {
     "no answer": (turns("system", "user"), r"must end with an assistant turn, found system user"),
     "no turn": (turns(), r"must end with an assistant turn, found no turn"),
     "an unknown tag": (turns("user", "asistant"), r"message 2: unknown role 'asistant'; .* Did you mean 'assistant'\?"),
-    "a tool turn": (turns("user", "observation"), r"tool turns \('observation'\) are not available yet"),
+    "a tool first": (turns("observation", "assistant"), r"message 1 is from 'tool', expected 'user'"),
+    "a tool's answer last": (turns("user", "assistant", "observation"), r"must end with an assistant turn, found user"),
+    "a call that is no call": (turns("user", "function_call"), r"message 2: a call of a function is not JSON"),
+    "a NUL character": (row("a\0b", "x"), r"message 1 has a NUL character"),
+    "half a surrogate pair": (row("a\ud800b", "x"), r"message 1 is not UTF-8 text at character 1"),
+    "a file name with a NUL": (row("<image>", "x", images=("a\0.png",)), r"image 'a\\x00.png' not found"),
     "a content that is not text": (
         {"messages": [{"role": "user", "content": 3}, {"role": "assistant", "content": "x"}]},
         r"message 1: 'content' must be text, found 3",
@@ -86,8 +91,15 @@ def test_a_bad_row_is_named_with_file_and_line(name, dataset_param, tmp_path):
         (json.dumps(GOOD).encode() + b"\n\n{oops}\n", r"data\.jsonl:3: broken JSON: .* \(column 2\)"),
         (b'[\n{"messages": []},\n{oops}]', r"data\.jsonl:3: broken JSON"),
         (b'{"messages": "\xff"}', r"data\.jsonl:1: not UTF-8 text .*save the file as UTF-8"),
-        (b'[{"messages": "\xff"}]', r"data\.jsonl: not UTF-8 text at byte"),
-        (b"id,text\n1,hello\n", r"data\.jsonl:1: not JSON: starts with 'id,text.* reads \.json and \.jsonl files"),
+        (
+            b'[{"messages": [{"role": "user", "content": "\xff"}, {"role": "assistant", "content": ""}]}]',
+            r"data\.jsonl: row 1: message 1 is not UTF-8 text at character 0",
+        ),
+        (b"[" * 100000, r"data\.jsonl: broken JSON: .*recursion"),
+        (b'{"messages": ' + b"[" * 100000, r"data\.jsonl:1: broken JSON: .*recursion"),
+        (b'{"messages": 1' + b"0" * 5000 + b"}", r"data\.jsonl:1: broken JSON: .*integer"),
+        (b"\xef\xbb\xbf{}", r"data\.jsonl:1: no column 'messages'"),
+        (b"id,text\n1,hello\n", r"data\.jsonl:1: not JSON: starts with 'id,text.* expected one object per line"),
     ],
 )
 def test_a_bad_file_is_named(content, problem, dataset_param, tmp_path):
@@ -142,13 +154,13 @@ def test_a_row_the_processor_refuses_is_named(dataset_param):
 @pytest.mark.parametrize(
     ("section", "values", "problem"),
     [
+        ("basic_parameters", {"streaming": True, "max_samples": 2}, r"max_samples needs the number of rows"),
+        ("basic_parameters", {"mixture": [{"dataset": "a.jsonl"}]}, r"mixture: there is a 'dataset' beside it"),
         (
             "basic_parameters",
-            {"packing": True},
-            r"basic_parameters\.packing: True is not available yet; remove the key",
+            {"dataset": None, "mixture": [{"dataset": "a.jsonl", "weight": 1}, {"dataset": "a.jsonl"}]},
+            r"mixture: some data sets have a weight and some have not",
         ),
-        ("basic_parameters", {"neat_packing": True}, r"basic_parameters\.neat_packing: True is not available"),
-        ("basic_parameters", {"streaming": True}, r"basic_parameters\.streaming: True is not available"),
         ("basic_parameters", {"train_on_prompt": True, "mask_history": True}, r"contradict each other"),
         ("basic_parameters", {"dataset": None}, r"dataset_param\.basic_parameters\.dataset is required"),
         ("preprocess_parameters", {"model_name_or_path": None}, r"model_name_or_path is required"),
@@ -173,7 +185,7 @@ def test_keys_that_would_change_the_samples_are_refused(section, values, problem
             {"sampler_type": "BucketBatchSampler"},
             r"sampler_type: 'BucketBatchSampler' is not available yet; use one of",
         ),
-        ({"group_data": True}, r"group_data: True is not available"),
+        ({"group_frame": True}, r"group_frame: True is not available"),
         (
             {"collate_param": {"model_name": "qwen3v"}},
             r"model_name: 'qwen3v' is not available; .*Did you mean 'qwen3vl'",

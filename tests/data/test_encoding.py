@@ -45,6 +45,10 @@ def conversation(images: bool = True) -> list[dict[str, str]]:
     ]
 
 
+def row(messages, images=()) -> dict:
+    return {"messages": messages, "images": list(images)}
+
+
 def targets(sample, encoder) -> list[str]:
     """The text of every unbroken run of labels."""
     ids = sample["labels"].tolist()
@@ -64,7 +68,7 @@ def test_labels_equal_the_generation_mask_of_the_template(family, encoder, pictu
     enc = encoder(family)
     messages = conversation(images=family != "text")
     pictures = pictures if family != "text" else []
-    sample = enc.encode(messages, pictures, "row")
+    sample = enc.encode(row(messages, pictures), "row")
 
     loaded = iter([Image.open(path).convert("RGB") for path in pictures])
     parts = []
@@ -98,10 +102,10 @@ def test_labels_equal_the_generation_mask_of_the_template(family, encoder, pictu
 
 def test_target_text(encoder, pictures):
     enc = encoder("qwen3_vl")
-    sample = enc.encode(conversation(), pictures, "row")
+    sample = enc.encode(row(conversation(), pictures), "row")
     assert targets(sample, enc) == ["A temple.\nAnd a flower <3<|im_end|>", " red<|im_end|>"]
     enc = encoder("glm4v")
-    assert targets(enc.encode(conversation(), pictures, "row"), enc) == [
+    assert targets(enc.encode(row(conversation(), pictures), "row"), enc) == [
         "A temple.\nAnd a flower <3",
         " red<|endoftext|>",
     ]
@@ -109,12 +113,12 @@ def test_target_text(encoder, pictures):
 
 def test_mask_history_keeps_the_last_turn_only(encoder, pictures):
     enc = encoder("internvl", mask_history=True)
-    assert targets(enc.encode(conversation(), pictures, "row"), enc) == [" red<|im_end|>"]
+    assert targets(enc.encode(row(conversation(), pictures), "row"), enc) == [" red<|im_end|>"]
 
 
 def test_train_on_prompt_learns_all_text_and_no_image_token(encoder, pictures):
     enc = encoder("qwen3_vl", train_on_prompt=True)
-    sample = enc.encode(conversation(), pictures, "row")
+    sample = enc.encode(row(conversation(), pictures), "row")
     image = sample["input_ids"] == enc.processor.image_token_id
     assert torch.equal(sample["labels"] == IGNORE_INDEX, image)
     assert int(image.sum()) == int(sample["image_grid_thw"].prod(-1).sum()) // 4
@@ -123,7 +127,7 @@ def test_train_on_prompt_learns_all_text_and_no_image_token(encoder, pictures):
 
 def test_every_image_token_of_internvl_is_kept_from_the_labels(encoder, pictures):
     enc = encoder("internvl", train_on_prompt=True)
-    sample = enc.encode(conversation(), pictures, "row")
+    sample = enc.encode(row(conversation(), pictures), "row")
     image = torch.isin(sample["input_ids"], torch.tensor(enc.processor.image_token_ids))
     assert torch.equal(sample["labels"] == IGNORE_INDEX, image) and int(image.sum()) == 2 * (1 + 4 + 1)
 
@@ -131,7 +135,7 @@ def test_every_image_token_of_internvl_is_kept_from_the_labels(encoder, pictures
 def test_image_limits(encoder, pictures):
     def size(**limits: int) -> tuple[int, int]:
         """Height and width in pixels, after the processor has rounded them to multiples of 8."""
-        sample = encoder("qwen3_vl", **limits).encode(conversation(), pictures, "row")
+        sample = encoder("qwen3_vl", **limits).encode(row(conversation(), pictures), "row")
         return tuple(4 * sample["image_grid_thw"][0, 1:])
 
     assert size() == (40, 64)
@@ -140,8 +144,8 @@ def test_image_limits(encoder, pictures):
 
 
 def test_crop_to_patches_of_internvl(encoder, pictures):
-    one = encoder("internvl").encode(conversation(), pictures, "row")
-    many = encoder("internvl", crop_to_patches=True).encode(conversation(), pictures, "row")
+    one = encoder("internvl").encode(row(conversation(), pictures), "row")
+    many = encoder("internvl", crop_to_patches=True).encode(row(conversation(), pictures), "row")
     assert one["pixel_values"].shape == (2, 3, 16, 16)
     assert len(many["pixel_values"]) > 2
     assert int((many["input_ids"] == encoder("internvl").processor.image_token_id).sum()) == 4 * len(
@@ -151,20 +155,20 @@ def test_crop_to_patches_of_internvl(encoder, pictures):
 
 def test_the_line_break_after_an_image_is_not_doubled(encoder, pictures):
     enc = encoder("internvl")
-    text = enc.tokenizer.decode(enc.encode(conversation(), pictures, "row")["input_ids"])
+    text = enc.tokenizer.decode(enc.encode(row(conversation(), pictures), "row")["input_ids"])
     assert "</img>\nWhat is here" in text
     text = encoder("qwen3_vl").tokenizer.decode(
-        encoder("qwen3_vl").encode(conversation(), pictures, "row")["input_ids"]
+        encoder("qwen3_vl").encode(row(conversation(), pictures), "row")["input_ids"]
     )
     assert "<|vision_end|>\nWhat is here" in text
 
 
 def test_a_long_sample_loses_its_end_but_never_part_of_an_image(encoder, pictures, caplog):
-    whole = encoder("qwen3_vl").encode(conversation(), pictures, "d.jsonl:7")
+    whole = encoder("qwen3_vl").encode(row(conversation(), pictures), "d.jsonl:7")
     length = len(whole["input_ids"])
     enc = encoder("qwen3_vl", seq_length=length - 4)
     for _ in range(2):
-        cut = enc.encode(conversation(), pictures, "d.jsonl:7")
+        cut = enc.encode(row(conversation(), pictures), "d.jsonl:7")
     assert len(caplog.records) == 1 and f"d.jsonl:7: the sample has {length} tokens" in caplog.text
     for key in ("input_ids", "labels", "attention_mask", "mm_token_type_ids"):
         assert torch.equal(cut[key], whole[key][: length - 4])
@@ -172,9 +176,9 @@ def test_a_long_sample_loses_its_end_but_never_part_of_an_image(encoder, picture
 
     last_image = int((whole["input_ids"] == enc.processor.image_token_id).nonzero().max())
     with pytest.raises(UserError, match=r"d.jsonl:7: .* would go through an image; raise --seq-length"):
-        encoder("qwen3_vl", seq_length=last_image).encode(conversation(), pictures, "d.jsonl:7")
+        encoder("qwen3_vl", seq_length=last_image).encode(row(conversation(), pictures), "d.jsonl:7")
     with pytest.raises(UserError, match=r"d.jsonl:7: .* leave nothing to learn"):
-        encoder("qwen3_vl", seq_length=last_image + 3).encode(conversation(), pictures, "d.jsonl:7")
+        encoder("qwen3_vl", seq_length=last_image + 3).encode(row(conversation(), pictures), "d.jsonl:7")
 
 
 def test_a_row_without_a_target_is_refused(encoder, monkeypatch):
@@ -189,22 +193,22 @@ def test_a_row_without_a_target_is_refused(encoder, monkeypatch):
 
     monkeypatch.setattr(encode, "_tokenize", unlabelled)
     with pytest.raises(UserError, match=r"^row 3: no token of the row has a label, .*; remove it$"):
-        encode.encode(conversation(images=False), [], "row 3")
+        encode.encode(row(conversation(images=False), []), "row 3")
 
 
 def test_patch_count_equal_to_the_length_does_not_confuse_the_cut(encoder, tmp_path):
     """pixel_values with as many rows as the sample has tokens is still not per token."""
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     messages = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "x"}]
-    base = len(encoder("qwen3_vl").encode(messages, [str(tmp_path / "a.png")], "row")["input_ids"])
+    base = len(encoder("qwen3_vl").encode(row(messages, [str(tmp_path / "a.png")]), "row")["input_ids"])
     messages[1]["content"] = "x" * (256 - base + 1)
-    sample = encoder("qwen3_vl", seq_length=250).encode(messages, [str(tmp_path / "a.png")], "row")
+    sample = encoder("qwen3_vl", seq_length=250).encode(row(messages, [str(tmp_path / "a.png")]), "row")
     assert len(sample["input_ids"]) == 250 and len(sample["pixel_values"]) == 256
 
 
 def test_an_encoder_can_be_sent_to_a_spawned_worker(encoder, pictures):
     enc = encoder("qwen3_vl", train_on_prompt=True)
-    one, two = (e.encode(conversation(), pictures, "row") for e in (enc, pickle.loads(pickle.dumps(enc))))
+    one, two = (e.encode(row(conversation(), pictures), "row") for e in (enc, pickle.loads(pickle.dumps(enc))))
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
@@ -228,7 +232,7 @@ def test_templates_that_print_an_empty_thought_in_the_last_turn(thinking, last, 
         {"role": "user", "content": "two"},
         {"role": "assistant", "content": "no"},
     ]
-    assert targets(enc.encode(messages, [], "row"), enc) == ["yes<|im_end|>", last]
+    assert targets(enc.encode(row(messages, []), "row"), enc) == ["yes<|im_end|>", last]
 
 
 def test_templates_that_take_lists_of_parts_only(tmp_path):
@@ -237,7 +241,7 @@ def test_templates_that_take_lists_of_parts_only(tmp_path):
 {%- if add_generation_prompt %}<|im_start|>assistant|{% endif %}"""
     save_tiny_processor("text", tmp_path, chat_template=template)
     enc = ConversationEncoder(EncodingOptions(str(tmp_path)))
-    assert targets(enc.encode(conversation(images=False), [], "row"), enc) == [
+    assert targets(enc.encode(row(conversation(images=False), []), "row"), enc) == [
         "A temple.\nAnd a flower <3<|im_end|>",
         " red<|im_end|>",
     ]
@@ -257,7 +261,9 @@ def test_templates_that_break_the_conversation_are_refused(tmp_path):
     for number, (problem, template) in enumerate(cases.items()):
         save_tiny_processor("text", tmp_path / str(number), chat_template=template)
         with pytest.raises(UserError, match=problem):
-            ConversationEncoder(EncodingOptions(str(tmp_path / str(number)))).encode(conversation(False), [], "row")
+            ConversationEncoder(EncodingOptions(str(tmp_path / str(number)))).encode(
+                row(conversation(False), []), "row"
+            )
 
 
 def test_a_folder_without_a_chat_template_is_named(tmp_path):
@@ -267,4 +273,4 @@ def test_a_folder_without_a_chat_template_is_named(tmp_path):
     with pytest.raises(UserError, match="has no chat template"):
         ConversationEncoder(EncodingOptions(str(tmp_path / "without")))
     with pytest.raises(UserError, match=r"row: the row has images but the model in .* only reads text"):
-        ConversationEncoder(EncodingOptions(str(tmp_path / "with"))).encode(conversation(), ["a.png"], "row")
+        ConversationEncoder(EncodingOptions(str(tmp_path / "with"))).encode(row(conversation(), ["a.png"]), "row")

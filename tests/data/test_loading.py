@@ -184,13 +184,102 @@ def test_a_data_set_of_the_user(dataset_param):
 
 
 def test_keys_without_effect_are_named_once(dataset_param, capsys):
-    param = dataset_param(cache_dir="/tmp/x", template="qwen3_vl")
-    param["preprocess_parameters"]["video_fps"] = 1.0
+    param = dataset_param(overwrite_cache=True, tool_format="qwen")
+    param["preprocess_parameters"]["video_resolution"] = 64
     build_mm_dataset(param)
     said = capsys.readouterr().out
-    assert said.count("no effect") == 3 and "template: no effect, because prompts are rendered by" in said
+    assert said.count("no effect") == 3 and "tool_format: no effect, because tools are written as" in said
     build_mm_dataset(dataset_param())
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"max_seq_len": 160},
+        {"sampler_type": "LengthGroupedSampler"},
+        {"use_data_balance": True, "global_batch_size": 4},
+    ],
+)
+def test_batches_that_lengths_decide(values, dataset_param, tmp_path):
+    text = [
+        {"messages": [*TEXT_ROW["messages"][:1], {"role": "assistant", "content": f"{n} is" * n}]} for n in range(1, 9)
+    ]
+    dataset = build_mm_dataset(dataset_param([*save_digits(tmp_path), *text]))
+    assert dataset.sizes[:, 0].tolist() == [len(dataset[n]["input_ids"]) for n in range(16)]
+    batches = list(build_mm_dataloader(dataset, {"batch_size": 1, **values}))
+    expected = [*(f"The answer is {n}." for n in range(8)), *(f"{n} is" * n for n in range(1, 9))]
+    assert sorted(texts(batches, dataset)) == sorted(expected)
+    if "max_seq_len" in values:
+        assert max(batch["input_ids"].numel() for batch in batches) <= 160
+        assert max(len(batch["input_ids"]) for batch in batches) > 1 and len(batches) < 12
+    else:
+        assert len(batches) == 16
+
+
+def texts(batches, dataset) -> list[str]:
+    return [answer for batch in batches for answer in answers(batch, dataset)]
+
+
+def test_a_mixture_of_files(dataset_param, tmp_path):
+    more = write_jsonl(tmp_path / "more.jsonl", [TEXT_ROW] * 3)
+    param = dataset_param()
+    digits = param["basic_parameters"].pop("dataset")
+    sources = [{"dataset": digits, "repeat_time": 0.5}, {"dataset": str(more), "repeat_time": 2}]
+    param["basic_parameters"]["mixture"] = sources
+    dataset = build_mm_dataset(param)
+    loader = build_mm_dataloader(dataset, {"batch_size": 2, "num_workers": 1})
+    assert sorted(texts(loader, dataset)) == [*(f"The answer is {n}." for n in range(4)), *["world, " * 9] * 6]
+    assert dataset.where(8) == f"{more}:1" and torch.equal(dataset.question(8).answer, dataset.question(10).answer)
+    split = dataset.train_test_split(test_size=0.3, seed=1)
+    assert [len(split["train"]), len(split["test"])] == [7, 4]
+
+    for source, weight in zip(sources, (1, 4), strict=True):
+        source["weight"] = weight
+    dataset = build_mm_dataset(param)
+    found = texts(build_mm_dataloader(dataset, {"batch_size": 2}), dataset)
+    assert len(found) == 10 and found.count("world, " * 9) == 8
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_of_files(workers, dataset_param, tmp_path):
+    more = write_jsonl(tmp_path / "more.jsonl", [TEXT_ROW] * 3)
+    param = dataset_param(streaming=True)
+    param["basic_parameters"]["dataset"] += f",{more}"
+    dataset = build_mm_dataset(param)
+    loader = {"batch_size": 1, "global_batch_size": 2, "num_workers": workers, "drop_last": False}
+
+    def iterator(**values):
+        return build_iterations(build_mm_dataloader(dataset, {**loader, **values}))[0]
+
+    in_order = [*(f"The answer is {n}." for n in range(8)), *["world, " * 9] * 3]
+    straight = iterator(shuffle=False)
+    assert texts((next(straight) for _ in range(22)), dataset) == in_order * 2
+    assert straight.samples_at(straight.place) == [f"{more}:3"]
+    shuffled = iterator()
+    epochs = [texts((next(shuffled) for _ in range(11)), dataset) for _ in range(3)]
+    assert all(sorted(epoch) == in_order for epoch in epochs) and len({str(epoch) for epoch in epochs}) == 3
+    first, again = iterator(), iterator()
+    for _ in range(14):
+        next(first)
+    again.load_state_dict(first.state_dict())
+    assert texts((next(again) for _ in range(8)), dataset) == epochs[1][3:]
+    assert texts(again.one_pass(), dataset) == in_order
+
+
+def test_a_stream_of_hugging_face_datasets():
+    import datasets
+
+    def numbers(shards):
+        yield from ({"id": number} for shard in shards for number in shard)
+
+    rows = datasets.IterableDataset.from_generator(numbers, gen_kwargs={"shards": [[0, 1, 2], [3, 4, 5, 6]]})
+    loader = {"batch_size": 2, "shuffle": False, "drop_last": False, "num_workers": 1}
+    straight, again = (build_iterations(build_mm_dataloader(rows, loader))[0] for _ in range(2))
+    found = [next(straight)["id"].tolist() for _ in range(5)]
+    assert found == [[0, 1], [2, 3], [4, 5], [6, 0], [1, 2]]
+    again.load_state_dict(straight.state_dict())
+    assert again.loader.batch_sampler.rank == 0 and next(again)["id"].tolist() == [3, 4]
 
 
 def micro_batches_of_this_rank(num_samples: int) -> list[list[int]]:

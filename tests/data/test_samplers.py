@@ -43,7 +43,11 @@ def test_drop_last_decides_about_the_tail():
     assert [len(s) for s in dropped] == [2, 2] and [len(list(s)) for s in dropped] == [2, 2]
     assert [len(s) for s in filled] == [3, 3]
     assert [list(s)[-1] for s in filled] == [[8, 9], [0, 1]]
-    assert len(DistributedBatchSampler(3, 2, 0, 2)) == 0
+
+
+def test_a_batch_larger_than_the_data_goes_on_with_the_next_epoch():
+    two = [list(DistributedBatchSampler(3, 2, r, 2, shuffle=False)) for r in range(2)]
+    assert two == [[[0, 1]], [[2, 0]]]
 
 
 def test_consumed_samples_start_in_the_middle_of_an_epoch_until_the_epoch_is_set():

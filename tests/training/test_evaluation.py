@@ -224,7 +224,7 @@ def test_a_pass_gives_every_sample_once_in_the_same_batches_for_every_number_of_
     samples: int, size: int, ranks: int
 ) -> None:
     def one_pass(rank: int, of: int) -> list[list[int]]:
-        return DistributedBatchSampler(samples, size, rank=rank, num_ranks=of).one_pass()
+        return list(DistributedBatchSampler(samples, size, rank=rank, num_ranks=of).one_pass())
 
     split = [batch for rank in range(ranks) for batch in one_pass(rank, ranks)]
     assert sorted(index for batch in split for index in batch) == list(range(samples))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +69,18 @@ def test_every_step_of_two_epochs_can_be_resumed_from(ranks2: RankPool, tmp_path
         assert not [key for key, value in expected.items() if not torch.equal(value, actual[key])], f"from {step}"
 
 
+def _terminate_once_training(folder: Path) -> None:
+    metrics = folder / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def stop_by(folder: str, what: str) -> None:
     if what == "signal":
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
-        previous = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-        if os.environ["RANK"] == "1":
-            signal.setitimer(signal.ITIMER_REAL, 0.05)  # one rank only: the others must hear of it
-        try:
-            train(folder, "--auto-resume", steps=100_000)
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0.0)
-            signal.signal(signal.SIGALRM, previous)
+        if os.environ["RANK"] == "1":  # one rank only: the others must hear of it
+            threading.Thread(target=_terminate_once_training, args=(Path(folder),)).start()
+        train(folder, "--auto-resume", steps=100_000)
     else:
         train(folder, "--auto-resume", "--exit-interval", "4", steps=STEPS)
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.training.feed import count_samples
 from mindspeed_mm.training.token_check import TokenCheck
 
 
@@ -47,6 +48,15 @@ def test_whatever_the_model_has_passes() -> None:
 def test_the_first_that_it_lacks_is_named(ids: list[int], labels: list[int], message: str) -> None:
     with pytest.raises(UserError, match=f"^{message}"):
         check(ids, labels, ["a.jsonl:3"])
+
+
+def test_the_sample_of_a_packed_row_is_named() -> None:
+    """Three samples of 2, 3 and 1 tokens, then padding; the second one has the token, as its last."""
+    ids = torch.tensor([[1, 2, 3, 4, 10, 5, 0, 0]])
+    batch = {"input_ids": ids, "cu_seqlens": torch.tensor([0, 2, 5, 6], dtype=torch.int32)}
+    with pytest.raises(UserError, match=r"^b: input_ids has 10 at position 2, the model"):
+        TokenCheck(Language())(batch, lambda: ["a", "b", "c"])
+    assert count_samples(batch) == 3
 
 
 def test_other_models_and_other_batches_are_left_alone() -> None:

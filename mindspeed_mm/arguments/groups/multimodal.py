@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mindspeed_mm.arguments.flag import PATH, REPEATED, SWITCH, TEXT, Flag, Group, Inert, Refused, integer
+from mindspeed_mm.arguments.flag import PATH, REPEATED, SWITCH, TEXT, Flag, Group, Inert, integer
 
 PACKAGED_TOOLS = str(Path(__file__).resolve().parents[2] / "tools" / "tools.json")
 
-_NOT_BALANCED = Inert("every rank keeps the samples that its sampler gave it")
+_ONE_WAY = Inert("--use-data-balance spreads tokens and images of every micro-batch, in one way")
 
 MULTIMODAL = Group(
     "configuration files",
@@ -28,10 +28,15 @@ BALANCE = Group(
             "--use-txt-dynamic-batching",
             SWITCH,
             False,
-            "fill micro-batches up to a number of tokens",
-            fsdp2=Refused("batches of a token budget are not supported; remove it and set --micro-batch-size"),
+            "fill micro-batches up to a number of tokens; --global-batch-size counts micro-batches then",
         ),
-        Flag("--max-seq-len", integer(1), 2048, "token budget of one micro-batch", needs="--use-txt-dynamic-batching"),
+        Flag(
+            "--max-seq-len",
+            integer(1),
+            2048,
+            "token budget of one micro-batch, padding included",
+            needs="--use-txt-dynamic-batching",
+        ),
         Flag(
             "--dynamic-batch-buffer-size",
             integer(1),
@@ -39,22 +44,27 @@ BALANCE = Group(
             "samples looked at when a micro-batch is filled",
             needs="--use-txt-dynamic-batching",
         ),
-        Flag("--use-data-balance", SWITCH, False, "spread images evenly over data-parallel ranks", fsdp2=_NOT_BALANCED),
+        Flag(
+            "--use-data-balance",
+            SWITCH,
+            False,
+            "spread the tokens and images of a global batch evenly over data-parallel ranks",
+        ),
         Flag(
             "--data_balance_sorting_algo",
             TEXT,
             "post_global_balancing_greedy_without_pad",
             "how images are spread",
-            fsdp2=_NOT_BALANCED,
+            fsdp2=_ONE_WAY,
         ),
-        Flag("--use-image-mbs-data-balance", SWITCH, False, "balance images per micro-batch", fsdp2=_NOT_BALANCED),
+        Flag("--use-image-mbs-data-balance", SWITCH, False, "balance images per micro-batch", fsdp2=_ONE_WAY),
         Flag(
             "--mbs_data_balance_sorting_algo",
             TEXT,
             "post_mbs_balancing_greedy_without_pad",
             "how images are spread per micro-batch",
-            fsdp2=_NOT_BALANCED,
+            fsdp2=_ONE_WAY,
         ),
-        Flag("--encoder-dp-balance", SWITCH, False, "spread the vision encoder's work over ranks", fsdp2=_NOT_BALANCED),
+        Flag("--encoder-dp-balance", SWITCH, False, "spread the vision encoder's work over ranks", fsdp2=_ONE_WAY),
     ),
 )

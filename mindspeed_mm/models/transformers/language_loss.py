@@ -18,6 +18,7 @@ from mindspeed_mm.losses import (
     head_returns_loss_sums,
     logits_bytes,
     shift_labels,
+    sum_by_sample,
 )
 from mindspeed_mm.models.common.lookup import lookup
 
@@ -61,13 +62,16 @@ class LanguageModelLoss:
         if self._obstacle and self._mode == "chunk":
             raise UserError(_cannot_chunk(self._obstacle))
 
-    def __call__(self, model: Any, inputs: dict[str, Any], labels: Tensor) -> dict[str, Tensor]:
+    def __call__(
+        self, model: Any, inputs: dict[str, Any], labels: Tensor, cu_seqlens: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Return the loss of one micro-batch.
 
         Args:
             model: the Hugging Face model.
             inputs: what it is called with.
             labels: (B, S), the token ids that are targets and negative elsewhere.
+            cu_seqlens: (N + 1,), where the N samples of a packed row lie; None: each row is one.
 
         Returns:
             What :meth:`mindspeed_mm.models.transformers_model.TransformersModel.forward` describes.
@@ -76,8 +80,8 @@ class LanguageModelLoss:
             inputs = {**inputs, "output_router_logits": True}
         targets = shift_labels(labels)
         mask = targets != IGNORE
-        counts = mask.sum(dim=1)
-        outputs, sums = self._run(model, inputs, targets)
+        counts = sum_by_sample(mask, cu_seqlens)
+        outputs, sums = self._run(model, inputs, targets, cu_seqlens)
         result = {"loss": REDUCTIONS[self._type](sums, counts), "loss_mask": mask}
         if self._type == "per_token_loss":
             result["token_nums"] = counts.sum()
@@ -85,12 +89,15 @@ class LanguageModelLoss:
             self._add_router_loss(model, result, getattr(outputs, "aux_loss", None))
         return result
 
-    def _run(self, model: Any, inputs: dict[str, Any], targets: Tensor) -> tuple[Any, Tensor]:
-        """Return the model's outputs and the summed cross entropy of each sample, (B,), or of all, (1,)."""
+    def _run(
+        self, model: Any, inputs: dict[str, Any], targets: Tensor, cu_seqlens: Tensor | None
+    ) -> tuple[Any, Tensor]:
+        """Return the model's outputs and the summed cross entropy of each sample, or of all, (1,)."""
         if not self._in_chunks(model, targets):
             outputs = model(**inputs, use_cache=False)
-            return outputs, cross_entropy_sums(outputs.logits, targets)
-        with head_returns_loss_sums(model.get_output_embeddings(), targets, self._chunk_size, self._kernel) as head:
+            return outputs, cross_entropy_sums(outputs.logits, targets, cu_seqlens)
+        lm_head = model.get_output_embeddings()
+        with head_returns_loss_sums(lm_head, targets, self._chunk_size, self._kernel, cu_seqlens) as head:
             outputs = model(**inputs, use_cache=False)
         if outputs.logits is not head.sums:
             raise UserError(_cannot_chunk(f"{type(model).__name__} or output_dtype of the fsdp2 yaml changes it"))

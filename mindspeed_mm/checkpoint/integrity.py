@@ -1,0 +1,86 @@
+"""Whether a checkpoint is still what was saved: the files by their checksums, with or without a manifest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch.distributed as dist
+
+from mindspeed_mm.checkpoint import manifest as manifests
+from mindspeed_mm.checkpoint.coordination import gather, group_position
+from mindspeed_mm.checkpoint.manifest import Manifest
+from mindspeed_mm.checkpoint.tensor_files import read_metadata
+from mindspeed_mm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What is known of a checkpoint's state.
+
+    Attributes:
+        manifest: None if it has none, or a damaged one.
+        problems: one line for each file that is damaged or missing.
+        unlisted: files that the manifest does not know.
+    """
+
+    manifest: Manifest | None
+    problems: list[str] = field(default_factory=list)
+    unlisted: list[str] = field(default_factory=list)
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing speaks against loading it."""
+        return not self.problems
+
+
+def inspect(
+    path: Path, group: dist.ProcessGroup | None = None, *, alone: bool = True, quick: bool = False
+) -> Condition:
+    """Check every file of a checkpoint.
+
+    Without a manifest, files are only known to be there and long enough for the tensors that the index puts in them.
+
+    Args:
+        path: the checkpoint's folder.
+        group: the ranks that share the work.
+        alone: check on this rank only; otherwise a collective, whose result is the same on all ranks.
+        quick: compare sizes instead of checksums.
+    """
+    try:
+        manifest = manifests.read(path)
+    except UserError as error:
+        found, manifest = [str(error)], None
+    else:
+        found = _unsealed(path) if manifest is None else []
+    mine, ranks = (0, 1) if alone else group_position(group)
+    if manifest is not None:
+        # The largest first, dealt out in turn: shards are of about the same size.
+        names = sorted(manifest.files, key=lambda name: (-manifest.files[name].bytes, name))
+        for name in names[mine::ranks]:
+            problem = manifests.what_changed(path / name, manifest.files[name], sizes_only=quick)
+            found += [problem] if problem else []
+    if not alone:
+        of_ranks = gather((found, manifest is None), group)
+        if len({without for _, without in of_ranks}) > 1:  # folders on the hosts' own disks, say
+            found = [f"{manifests.NAME} is missing on some ranks"]
+        found = sorted({problem for problems, _ in of_ranks for problem in [*problems, *found]})
+    known = {manifests.NAME, *(manifest.files if manifest else ())}
+    unlisted = sorted(p.name for p in path.iterdir() if p.name not in known) if manifest else []
+    return Condition(manifest, found, unlisted)
+
+
+def _unsealed(path: Path) -> list[str]:
+    try:
+        index = read_metadata(path)
+    except UserError as error:
+        return [str(error)]
+    needed: dict[str, int] = {}
+    for place in (index.storage_data or {}).values():
+        needed[place.relative_path] = max(needed.get(place.relative_path, 0), place.offset + place.length)
+    sizes = {name: (path / name).stat().st_size if (path / name).is_file() else None for name in sorted(needed)}
+    return [
+        f"{name} is missing" if size is None else f"{name} has {size} bytes, {needed[name]} were saved"
+        for name, size in sizes.items()
+        if size is None or size < needed[name]
+    ]

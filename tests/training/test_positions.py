@@ -1,0 +1,135 @@
+"""Whole runs: which samples each step takes, wherever it was resumed from, and ranks with different amounts of data."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ranks import RankPool
+from tests.training.job import SCRIPTS, Job, launch, run_here
+from tests.training.test_resume import losses, tensors
+
+STEPS, GLOBAL = 6, 8
+
+
+@pytest.fixture
+def numbers(job: Job) -> Job:
+    """A job of six steps of eight numbers out of 22: more than two epochs, which end within a step."""
+    job.script = SCRIPTS / "pretrain_numbers.py"
+    job.yaml = {"sub_modules_to_wrap": ["layer"]}
+    job.flags |= {"mm-data": None, "mm-model": None, "global-batch-size": GLOBAL, "train-iters": STEPS}
+    return job
+
+
+def taken(folder: Path, ranks: int) -> dict[int, list[int]]:
+    """Return the numbers of each step, in the order of the micro batches, those of the first rank first."""
+    steps: dict[int, list[list[list[int]]]] = {}
+    for rank in range(ranks):
+        rows = [json.loads(line) for line in (folder / f"taken_{ranks}_{rank}.jsonl").read_text().splitlines()]
+        for step in {step for step, _ in rows}:
+            steps.setdefault(step, []).append([batch for found, batch in rows if found == step])
+    return {step: [n for micro in zip(*parts, strict=True) for part in micro for n in part]
+            for step, parts in steps.items()}  # fmt: skip
+
+
+def run(pool: RankPool, job: Job, **flags: object) -> dict[int, list[int]]:
+    """Run the job and return what it took."""
+    before = dict(job.flags)
+    job.flags |= {name.replace("_", "-"): value for name, value in flags.items()}
+    Path(str(job.flags["save"])).mkdir(exist_ok=True)
+    codes = [outcome.code for outcome in pool.run(run_here, job.command(), job.folder)]
+    assert codes == [0] * pool.world_size
+    job.flags = before
+    return taken(Path(str(flags["save"])), pool.world_size)
+
+
+def resume_from_every_save(job: Job, first: RankPool, pools: list[RankPool], tmp_path: Path) -> None:
+    straight = run(first, job, save=tmp_path / "straight", save_interval=1)
+    order = [n for step in range(STEPS) for n in straight[step]]
+    assert all(sorted(order[start : start + 22]) == list(range(22)) for start in (0, 22))
+    for pool in pools:
+        for step in range(1, STEPS):
+            folder = tmp_path / f"{pool.world_size}_from{step}"
+            rest = run(pool, job, save=folder, load=tmp_path / "straight", ckpt_step=step)
+            assert rest == {later: straight[later] for later in range(step, STEPS)}, (pool.world_size, step)
+
+
+def test_a_two_epoch_run_of_two_ranks_is_resumed_from_each_save_on_one(
+    numbers: Job, ranks1: RankPool, ranks2: RankPool, tmp_path: Path
+) -> None:
+    numbers.flags["num-workers"] = 0
+    resume_from_every_save(numbers, ranks2, [ranks1], tmp_path)
+
+
+@pytest.fixture
+def ranks4() -> RankPool:
+    """Four real gloo ranks."""
+    pool = RankPool(4)
+    yield pool
+    pool.stop()
+
+
+@pytest.mark.slow
+def test_a_two_epoch_run_of_two_ranks_is_resumed_from_each_save_on_two_and_four(
+    numbers: Job, ranks2: RankPool, ranks4: RankPool, tmp_path: Path
+) -> None:
+    numbers.flags["num-workers"] = 2
+    resume_from_every_save(numbers, ranks2, [ranks2, ranks4], tmp_path)
+
+
+@pytest.mark.slow
+def test_four_ranks_with_different_numbers_of_batches_train_and_evaluate_to_the_end(
+    numbers: Job, tmp_path: Path
+) -> None:
+    """Each rank starts over when its own loader ends; an evaluation counts every sample of every rank once."""
+    numbers.flags |= {"save": tmp_path / "save", "global-batch-size": 4, "eval-iters": -1, "eval-interval": 3}
+    (tmp_path / "save").mkdir()
+    outcome = launch(numbers, nproc=4, env={"NUMBERS_UNEVEN": "starts over"})
+    assert outcome.code == 0, outcome.text
+    assert taken(tmp_path / "save", 4) == {
+        step: [10 * rank + step % (2 + rank) for rank in range(4)] for step in range(STEPS)
+    }
+    everything = [10 * rank + n for rank in range(4) for n in range(2 + rank)]
+    means = [float(value) for value in re.findall(r"validation loss at .*\| loss value: (\S+) \|", outcome.text)]
+    assert means and means == pytest.approx([sum(everything) / len(everything)] * len(means), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_four_ranks_whose_iterators_end_at_different_steps_end_with_the_reason(numbers: Job, tmp_path: Path) -> None:
+    numbers.flags |= {"save": tmp_path / "save", "global-batch-size": 4}
+    (tmp_path / "save").mkdir()
+    start = time.monotonic()
+    outcome = launch(numbers, nproc=4, env={"NUMBERS_UNEVEN": "ends"})
+    assert re.search(r"The training iterator ended after 2 batches, before the run did", outcome.error())
+    assert time.monotonic() - start < 90
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["streamed", "mixed"])
+def test_a_run_from_data_json_is_resumed_bit_for_bit(kind: str, job: Job, ranks2: RankPool, tmp_path: Path) -> None:
+    basic = job.data["dataset_param"]["basic_parameters"]
+    if kind == "streamed":
+        basic["streaming"] = True
+    else:
+        source = {"dataset": basic.pop("dataset"), "dataset_dir": str(tmp_path), "max_samples": 5, "weight": 1}
+        basic["mixture"] = [source, {**source, "max_samples": 3, "weight": 2}]
+    job.data["dataloader_param"] |= {"shuffle": True, "drop_last": False}
+    job.flags |= {"num-workers": 1, "train-iters": 8, "lr-decay-iters": 8}
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    for flags in (
+        {"save": straight, "save-interval": 5},  # the epoch has eight samples: it ends in the middle of a step
+        {"save": resumed, "load": straight, "ckpt-step": 5},
+    ):
+        before = dict(job.flags)
+        job.flags |= {"global-batch-size": 6, **flags}
+        outcomes = ranks2.run(run_here, job.command(), job.folder, timeout=240)
+        assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].text
+        job.flags = before
+    expected, actual = (tensors(folder / "iter_0000008") for folder in (straight, resumed))
+    assert {step: losses(straight)[step] for step in (6, 7, 8)} == losses(resumed)
+    assert not [key for key, value in expected.items() if not torch.equal(value, actual[key])]
