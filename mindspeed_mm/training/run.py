@@ -15,6 +15,7 @@ import torch.distributed as dist
 from mindspeed_mm import accelerator
 from mindspeed_mm.arguments import parse_args, report_inert_flags, set_args, validate_args
 from mindspeed_mm.checkpoint.disks import check_shared
+from mindspeed_mm.checkpoint.publish import folder_name
 from mindspeed_mm.configs.config import merge_mm_args
 from mindspeed_mm.data import quarantine
 from mindspeed_mm.data.iterators import CyclicIterator
@@ -121,6 +122,8 @@ def _run(
         check = GenerationCheck(model, valid, args.eval_generate, args.params_dtype)
         trainer.generate = lambda: check.run(trainer.progress, trainer.log)
     trainer.observers = [profiler.step, memory_profiler.step]
+    if args.export_hf_interval:
+        trainer.observers.append(lambda: _export_now_and_then(args, checkpointer))
     if checkpointer.saver:
         trainer.observers.append(checkpointer.saver.check)
     if args.nan_policy == "rollback" and not args.skip_train:
@@ -142,6 +145,12 @@ def _run(
     if watch:
         watch.stop()
     state.shutdown()
+
+
+def _export_now_and_then(args: Namespace, checkpointer: Checkpointer) -> None:
+    if args.iteration % args.export_hf_interval == 0:
+        with phase("export", patient=True):
+            checkpointer.export_hf(f"{args.export_hf.rstrip('/')}-{folder_name(args.iteration)}")
 
 
 def _prepare_args(provider: Callable[..., Any] | None, defaults: dict[str, Any]) -> tuple[Namespace, list[str]]:

@@ -54,12 +54,15 @@ def test_an_export_after_no_change_is_the_model_that_went_in(
 ) -> None:
     from transformers import AutoModelForImageTextToText
 
-    run(ranks2, job, lr="0", weight_decay="0", export_hf=tmp_path / "export", train_iters=1)
-    before, after = (
-        AutoModelForImageTextToText.from_pretrained(f).state_dict() for f in (hf_folder, tmp_path / "export")
+    run(ranks2, job, lr="0", weight_decay="0", export_hf=tmp_path / "export", export_hf_interval=2, train_iters=3)
+    exports = [tmp_path / "export", tmp_path / "export-iter_0000002"]
+    before, *after = (
+        AutoModelForImageTextToText.from_pretrained(folder).state_dict() for folder in (hf_folder, *exports)
     )
-    assert before.keys() == after.keys()
-    assert not [name for name, value in before.items() if not torch.equal(value, after[name])]
+    for state in after:
+        assert before.keys() == state.keys()
+        assert not [name for name, value in before.items() if not torch.equal(value, state[name])]
+    assert sorted(tmp_path.glob("export*")) == exports
 
 
 def test_weights_streamed_into_shards_train_as_weights_loaded_whole(job: Job, ranks2: RankPool, tmp_path: Path) -> None:

@@ -46,6 +46,13 @@ CHECKPOINT = Group(
         Flag("--exit-on-missing-checkpoint", SWITCH, False, "stop if --load is empty", fsdp2=_ALWAYS, megatron=_ALWAYS),
         Flag("--export-hf", PATH, None, "write a Hugging Face folder at the end of training"),
         Flag(
+            "--export-hf-interval",
+            integer(1),
+            None,
+            "write one every so many steps as well, beside it: FOLDER-iter_0000100",
+            needs="--export-hf",
+        ),
+        Flag(
             "--ckpt-format",
             one_of("torch_dcp", "torch_dist", "torch"),
             "torch_dcp",
