@@ -20,11 +20,11 @@ def test_two_ranks_on_packs_train_as_one_on_samples(
     monkeypatch.chdir(job.folder)
     job.command()  # writes the rows
     length = len(build_mm_dataset(job.data["dataset_param"])[0]["input_ids"])
-    job.flags |= {"calculate-per-token-loss": True, "seq-length": 2 * length + 5, "num-workers": 1}
+    job.flags |= {"calculate-per-token-loss": True, "seq-length": 2 * length + 5, "train-iters": 2}
     run(ranks1, job, save=tmp_path / "samples", global_batch_size=8)
     job.data["dataset_param"]["basic_parameters"]["packing"] = True
     run(ranks2, job, save=tmp_path / "packs", global_batch_size=4)
     alone, packed = losses(tmp_path / "samples"), losses(tmp_path / "packs")
-    assert list(alone) == list(packed) == [1, 2, 3, 4]
+    assert list(alone) == list(packed) == [1, 2]
     for step, (loss, grad_norm, _) in alone.items():
         assert packed[step][:2] == pytest.approx((loss, grad_norm), rel=1e-5)
