@@ -201,9 +201,9 @@ def sizes_and_pid(param: dict[str, Any]) -> tuple[list[Any], int]:
 
 
 def test_two_ranks_prepare_together(data_json: Callable[..., Path], tmp_path: Path, ranks2: Any) -> None:
-    param = param_of(data_json(save_digits(tmp_path) * 20))
+    param = param_of(data_json(save_digits(tmp_path) * 5))
     (one, first), (two, second) = ranks2.run(sizes_and_pid, param)
-    assert one == two and len(one) == 160 and first != second
+    assert one == two and len(one) == 40 and first != second
     fresh = build_mm_dataset({**param, "basic_parameters": {**param["basic_parameters"], "cache_dir": None}})
     assert one[:8] == [fresh.measure(i).numbers[:2] for i in range(8)]
 
