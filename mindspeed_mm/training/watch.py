@@ -212,9 +212,13 @@ class Watch:
 
     def _guard(self) -> None:
         """End this rank when the store is out of reach, and when Python does not run for too long."""
-        patience = min(60.0, self.limits.training)
+        patience, awake = min(60.0, self.limits.training), time.monotonic()
         while not self._over.wait(min(1.0, patience / 4)):
-            left, silence = self._left(), time.monotonic() - self._last_talk
+            now, before = time.monotonic(), awake
+            awake = now
+            if now - before > patience / 2:  # this whole process stood still: the store has had no chance to answer
+                self._last_talk = now
+            left, silence = self._left(), now - self._last_talk
             faulthandler.dump_traceback_later(max(left, 0) + patience + 30, exit=True, file=2)
             if left < 0 and silence > patience:
                 report = self._report()
