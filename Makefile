@@ -50,13 +50,13 @@ lint: $(VENV)/.installed-test
 INSTALL = -m pip install --quiet --disable-pip-version-check
 
 $(VENV)/.installed-quickstart: EXTRAS = quickstart
-$(VENV)/.installed-test: EXTRAS = test,quickstart,report,tensorboard,lora
+$(VENV)/.installed-test: EXTRAS = test,quickstart,report,tensorboard,lora,video
 $(VENV)/.installed-%: constraints.txt pyproject.toml | $(BIN)/python
 	$(BIN)/python $(INSTALL) --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 
 $(PINNED_VENV)/.installed-test: constraints-pinned.txt pyproject.toml | $(PINNED_VENV)/bin/python
-	$(PINNED_VENV)/bin/python $(INSTALL) --constraint constraints-pinned.txt --editable '.[test,quickstart,report,tensorboard,lora]'
+	$(PINNED_VENV)/bin/python $(INSTALL) --constraint constraints-pinned.txt --editable '.[test,quickstart,report,tensorboard,lora,video]'
 	@touch $@
 
 $(BIN)/python $(PINNED_VENV)/bin/python:

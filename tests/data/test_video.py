@@ -76,6 +76,25 @@ def test_frames_are_those_of_the_published_formula(fps, maxlen, expected, clip, 
     assert small.shape == (4, 24, 32, 3)
 
 
+def test_video_files_give_the_frames_that_went_in(clip, folder, tmp_path):
+    av = pytest.importorskip("av")
+    went_in = frames_of(clip, list(range(FRAMES)))
+    lossless, mpeg4 = str(tmp_path / "clip.mkv"), str(tmp_path / "clip.mp4")
+    for path, codec, pixels in ((lossless, "ffv1", "bgr0"), (mpeg4, "mpeg4", "yuv420p")):
+        with av.open(path, "w") as container:
+            stream = container.add_stream(codec, rate=FPS)
+            stream.width, stream.height, stream.pix_fmt = *SIDE, pixels
+            for frame in [*map(av.VideoFrame.from_image, went_in), None]:
+                container.mux(stream.encode(frame))
+    processor = load_processor(folder).video_processor
+    frames, metadata = load_video(lossless, "row", processor, VideoLimits(fps=5.0))
+    assert (metadata.total_num_frames, metadata.fps) == (FRAMES, FPS)
+    assert np.array_equal(frames, np.stack([np.asarray(went_in[int(n)]) for n in metadata.frames_indices]))
+    lossy, same = load_video(mpeg4, "row", processor, VideoLimits(fps=5.0))
+    assert [int(n) for n in same.frames_indices] == [int(n) for n in metadata.frames_indices]
+    assert np.abs(lossy.astype(int) - frames.astype(int)).mean() < 15
+
+
 def test_a_row_with_a_video(clip, folder):
     """Judge: Pillow's bicubic resize, normalisation and patches by hand, the prompt with its time stamps by hand."""
     encoder = ConversationEncoder(EncodingOptions(str(folder), video=VideoLimits(fps=2.0)))
