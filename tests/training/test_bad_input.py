@@ -329,12 +329,12 @@ def forward_step(it, model):
 SAVE_FAILS = """
 import os
 from mindspeed_mm.checkpoint import store
-write = store.write_python_state
-def full_disk(path, state):
+write = store.write_flushed
+def full_disk(path, content):
     if get_args().iteration == 3 and os.environ["RANK"] == "1":
         raise OSError(28, "No space left on device", str(path))
-    write(path, state)
-store.write_python_state = full_disk
+    write(path, content)
+store.write_flushed = full_disk
 """
 
 
