@@ -20,7 +20,7 @@ from mindspeed_mm.accelerator.hardware import (
     synchronize,
     wants_pinned_memory,
 )
-from mindspeed_mm.accelerator.host_copy import HostCopy
+from mindspeed_mm.accelerator.host_read import HostRead
 from mindspeed_mm.accelerator.kernels import fused_linear_cross_entropy
 from mindspeed_mm.accelerator.megatron_core import load_megatron_core
 from mindspeed_mm.accelerator.numerics import allow_tf32, determinism_limits, use_deterministic_algorithms
@@ -28,7 +28,7 @@ from mindspeed_mm.accelerator.profiling import memory_history, memory_snapshot, 
 from mindspeed_mm.accelerator.rng import rng_state, seed_all, set_rng_state
 
 __all__ = [
-    "HostCopy",
+    "HostRead",
     "allow_tf32",
     "default_backend",
     "determinism_limits",

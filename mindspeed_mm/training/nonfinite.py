@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from mindspeed_mm.accelerator import HostCopy
+from mindspeed_mm.accelerator import HostRead
 from mindspeed_mm.distributed.state import data_parallel_group, warn_rank_0
 from mindspeed_mm.engine import Engine
 from mindspeed_mm.engine.base import ForwardStep
@@ -30,7 +30,7 @@ class WatchedStep:
     """A step whose outcome the host does not know yet."""
 
     record: StepRecord
-    grad_norm: HostCopy
+    grad_norm: HostRead
     taken: list[TakenBatch]
 
 
@@ -79,7 +79,7 @@ class NonFinitePolicy:
 
     def watch(self, record: StepRecord, taken: list[TakenBatch]) -> None:
         """Take the step that was just made; its gradient norm starts on its way to the host."""
-        self._step = WatchedStep(record, HostCopy(record.grad_norm), taken)
+        self._step = WatchedStep(record, HostRead(record.grad_norm), taken)
 
     def settle(self) -> WatchedStep | None:
         """Learn what became of the step, if there is one. A collective when it was bad.

@@ -10,7 +10,7 @@ from torch import Tensor
 from mindspeed_mm.accelerator.hardware import _module, is_cpu
 
 
-class HostCopy:
+class HostRead:
     """A device tensor on its way to the host.
 
     ``.item()`` on a device waits for everything that was queued until then. Here the copy is queued behind the work
