@@ -6,8 +6,10 @@ import os
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,6 +40,7 @@ class RankInfo:
 
 _owns_process_group = False
 _timeout: timedelta | None = None
+_host_groups: dict[Any, dist.ProcessGroup] = {}
 _attempt = ""
 _RANK_VARIABLES = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
 
@@ -132,9 +135,20 @@ def initialize(store: dist.Store | None, info: RankInfo, *, backend: str, timeou
         parallel_state.initialize_model_parallel(**minutes)
 
 
-def host_group(ranks: list[int] | None = None) -> dist.ProcessGroup:
-    """Return a new gloo group of ``ranks``, default all, with the job's patience: gloo's own is 30 minutes."""
-    return dist.new_group(ranks, backend="gloo", timeout=_timeout)
+def host_group(purpose: str, ranks: Sequence[int] | None = None, timeout: timedelta | None = None) -> dist.ProcessGroup:
+    """Return the gloo group of the hosts for one purpose; the first call makes it and is a collective of all ranks.
+
+    It is made once in the life of the process group: each has threads that never rest.
+
+    Args:
+        purpose: messages of different purposes never meet.
+        ranks: default all.
+        timeout: default the job's; gloo's own is 30 minutes.
+    """
+    key = (dist.group.WORLD, purpose, None if ranks is None else tuple(ranks))
+    if key not in _host_groups:
+        _host_groups[key] = dist.new_group(ranks, backend="gloo", timeout=timeout or _timeout)
+    return _host_groups[key]
 
 
 def owns_process_group() -> bool:
@@ -151,6 +165,7 @@ def shutdown() -> None:
 
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+    _host_groups.clear()
     _owns_process_group = False
 
 

@@ -62,7 +62,7 @@ class FSDP2Engine:
         self.fsdp_roots = _outermost(module)
         # What only the hosts know is agreed between hosts, so that they do not wait for their devices.
         ranks = dist.get_process_group_ranks(group)
-        self._host_group = host_group(ranks) if self.replicated else None
+        self._host_group = host_group("replicated", ranks) if self.replicated else None
 
     def forward_backward(
         self,

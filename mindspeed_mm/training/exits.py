@@ -47,7 +47,7 @@ class ExitWatch:
     def begin(self) -> None:
         """Count the time from now, and take signals as a wish to save and stop. A collective."""
         # Its own gloo group: control messages never queue behind, or between, those of the training.
-        self._group = host_group() if dist.get_world_size() > 1 else None
+        self._group = host_group("exit") if dist.get_world_size() > 1 else None
         self._start = time.monotonic()
         self._training = True
 

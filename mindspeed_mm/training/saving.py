@@ -13,7 +13,7 @@ from mindspeed_mm.checkpoint.coordination import run_together
 from mindspeed_mm.checkpoint.publish import folder_name, remove
 from mindspeed_mm.checkpoint.retention import Retention, reasons_to_keep
 from mindspeed_mm.checkpoint.store import Snapshot, write_snapshot
-from mindspeed_mm.distributed.state import print_rank_0, warn_rank_0
+from mindspeed_mm.distributed.state import host_group, print_rank_0, warn_rank_0
 from mindspeed_mm.errors import UserError
 
 # A slow file system is no hang: ranks that are lost are noticed at once, those that hang by the training's timeout.
@@ -39,7 +39,7 @@ class Saver:
         """The newest checkpoint that this run has saved."""
         # Its own gloo group: the thread's messages never meet those of the training.
         several = dist.is_initialized() and dist.get_world_size() > 1
-        self.group = dist.new_group(backend="gloo", timeout=_PATIENCE) if several else None
+        self.group = host_group("save", timeout=_PATIENCE) if several else None
         self._copy = HostCopy() if beside else None
         self._background = Background()
         self._again: Callable[[], None] | None = None

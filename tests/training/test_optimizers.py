@@ -142,14 +142,14 @@ def test_two_runs_are_equal_bit_for_bit(job: Job, hf_folder: Path, ranks2: RankP
     job.data["dataloader_param"]["shuffle"] = True
     job.data["dataset_param"]["basic_parameters"]["val_rate"] = 0.25
     job.flags |= {"use-deter-comp": True, "num-workers": 1, "eval-iters": 1, "eval-interval": 2}
-    for name, seed in (("one", 5), ("two", 5), ("other", 6)):
-        job.flags |= {"save": tmp_path / name, "seed": seed}
+    for name, seed, steps in (("one", 5, 4), ("two", 5, 4), ("other", 6, 1)):
+        job.flags |= {"save": tmp_path / name, "seed": seed, "train-iters": steps}
         text = ranks2.run(repeat, job.command(), job.folder, timeout=240)[0]
         assert "--use-deter-comp: matrix products depend on the number of threads" in text
-    one, two, other = (tensors(tmp_path / name / "iter_0000004") for name in ("one", "two", "other"))
-    assert losses(tmp_path / "one") == losses(tmp_path / "two") != losses(tmp_path / "other")
+    one, two = (tensors(tmp_path / name / "iter_0000004") for name in ("one", "two"))
+    assert losses(tmp_path / "one") == losses(tmp_path / "two")
     assert not [key for key, value in one.items() if not torch.equal(value, two[key])]
-    assert not torch.equal(one["model.model.lm_head.weight"], other["model.model.lm_head.weight"])
+    assert losses(tmp_path / "one")[1] != losses(tmp_path / "other")[1]
 
 
 def test_the_manifest_says_what_a_run_was_made_of(ranks2: RankPool, tmp_path: Path) -> None:

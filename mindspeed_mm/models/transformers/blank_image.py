@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_leaves
 
+from mindspeed_mm.distributed.state import host_group
 from mindspeed_mm.models.transformers.families import Family
 
 
@@ -64,7 +65,7 @@ class BlankImage:
         if not (gathers and sees_videos) or dist.get_world_size() == 1:
             return None
         # Only the hosts know what is in a batch, and they agree without waiting for their devices.
-        return dist.new_group(backend="gloo")
+        return host_group("blank images")
 
     def _most_of_all_ranks(self, calls: int) -> int:
         most = torch.tensor(calls)
