@@ -177,7 +177,8 @@ class Reductions(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
-        if name == "c10d::_reduce_scatter_base_":
+        # Older torch scatters over the one rank of a shard group too, which is a copy.
+        if name == "c10d::_reduce_scatter_base_" and args[0].numel() < args[1].numel():
             self.bytes += byte_size([args[1]])
         elif name == "c10d::allreduce_":
             self.bytes += byte_size(args[0])
