@@ -84,8 +84,6 @@ class MuonWithAdamW(Optimizer):
         super().__init__([*mine, *(self._adamw.param_groups if self._adamw else [])], {})
         if self._adamw:
             self._adamw.state = self.state
-        # A step changes nothing where `self.found_inf` is 1, and the host need not know.
-        self.skips_on_device = self._adamw is None or bool(self._adamw.defaults["fused"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:

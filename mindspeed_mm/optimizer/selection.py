@@ -24,7 +24,6 @@ class EMAAdamW(AdamW):
     def __init__(self, params: Any, *, ema_decay: float, **kwargs: Any) -> None:
         super().__init__(params, **kwargs)
         self.ema_decay = ema_decay
-        self.skips_on_device = bool(self.defaults["fused"])  # as AdamW itself, where `self.found_inf` is 1
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:

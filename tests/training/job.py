@@ -9,6 +9,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import time
@@ -51,6 +52,15 @@ def save_tiny_hf_folder(family: str, folder: Path) -> Path:
     torch.manual_seed(0)
     model_class = getattr(transformers, config.architectures[0])
     model_class._from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+def copy_with_dropout(hf_folder: Path, folder: Path) -> Path:
+    """Copy an HF folder, with dropout in its text model's attention."""
+    shutil.copytree(hf_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["attention_dropout"] = 0.3
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tests.ranks import RankPool
-from tests.training.job import Job, run_here
+from tests.training.job import Job, copy_with_dropout, run_here
 from tests.training.script import Net, arguments, datasets, train
 from tests.training.test_host_syncs import reads_per_step
 from tests.training.test_resume import losses, tensors
@@ -131,13 +131,7 @@ def repeat(command: list[str], folder: Path) -> str:
 
 def test_two_runs_are_equal_bit_for_bit(job: Job, hf_folder: Path, ranks2: RankPool, tmp_path: Path) -> None:
     """Dropout in attention, random weights, a shuffled order, workers and evaluation."""
-    folder = tmp_path / "hf"
-    folder.mkdir()
-    for file in hf_folder.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    config = json.loads((folder / "config.json").read_text())
-    config["text_config"]["attention_dropout"] = 0.3
-    (folder / "config.json").write_text(json.dumps(config))
+    folder = copy_with_dropout(hf_folder, tmp_path / "hf")
     job.model |= {"init_from_hf_path": str(folder), "random_init": True}
     job.data["dataloader_param"]["shuffle"] = True
     job.data["dataset_param"]["basic_parameters"]["val_rate"] = 0.25

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.ranks import RankPool
-from tests.training.job import Job, run_here
+from tests.training.job import Job, copy_with_dropout, run_here
 from tests.training.test_resume import losses, tensors
 
 
@@ -25,13 +25,7 @@ def run(pool: RankPool, job: Job, **flags: Any) -> None:
 @pytest.fixture
 def with_dropout(job: Job, hf_folder: Path, tmp_path: Path) -> Job:
     """The job with attention dropout, shuffling and a data-loader worker."""
-    folder = tmp_path / "hf"
-    folder.mkdir()
-    for file in hf_folder.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    config = json.loads((folder / "config.json").read_text())
-    config["text_config"]["attention_dropout"] = 0.3
-    (folder / "config.json").write_text(json.dumps(config))
+    folder = copy_with_dropout(hf_folder, tmp_path / "hf")
     job.model["init_from_hf_path"] = str(folder)
     job.data["dataloader_param"]["shuffle"] = True
     job.flags |= {"num-workers": 1, "train-iters": 10, "lr-decay-iters": 20, "global-batch-size": 4}
