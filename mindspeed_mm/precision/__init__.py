@@ -1,0 +1,1 @@
+"""Precision alignment: what a run computes is written down, so that two runs can be compared."""
