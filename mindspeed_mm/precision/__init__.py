@@ -1,0 +1,1 @@
+"""Precision alignment: recording runs, comparing them, and naming what differs."""
