@@ -34,9 +34,21 @@ class JudgingGroup(TyperGroup):
         raise typer.Exit(CANNOT_BE_JUDGED)
 
 
-def answer(verdict: Verdict, out: Path | None = None) -> NoReturn:
-    """Print a verdict, write it into ``out`` if that is given, and end the command with its exit code."""
+def answer(verdict: Verdict, out: Path | None = None, *, findings_shown: bool = False) -> NoReturn:
+    """Print a verdict, write it into ``out`` if that is given, and end the command with its exit code.
+
+    Args:
+        verdict: what the check says.
+        out: folder for ``verdict.json``.
+        findings_shown: the command has already printed the findings.
+    """
     if out is not None:
         print(f"wrote {verdict.write(out)}", file=sys.stderr)
-    print(verdict)
+    if findings_shown:
+        verdict_only = verdict.to_json()
+        print("\n".join([*(f"note: {note}" for note in verdict.notes), str(verdict_only["verdict"])]))
+        if verdict.undecided:
+            print(verdict.undecided)
+    else:
+        print(verdict)
     raise typer.Exit(verdict.exit_code)

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from mindspeed_mm.errors import UserError
 from mindspeed_mm.precision import judge_commands
-from mindspeed_mm.precision.answering import JudgingGroup
+from mindspeed_mm.precision.answering import JudgingGroup, answer
 
 app = typer.Typer(
     cls=JudgingGroup,
@@ -18,3 +19,55 @@ app = typer.Typer(
 app.add_typer(judge_commands.app)
 
 _Out = Annotated[Path | None, typer.Option(help="Folder for verdict.json and what belongs to it.")]
+_Config = Annotated[str, typer.Argument(help="A run's folder or a file; several of one side with commas between them.")]
+
+_Given = Annotated[
+    list[str] | None, typer.Option(metavar="KEY=VALUE", help="What its files do not say: world_size=8. Repeatable.")
+]
+
+
+@app.command("config-diff")
+def config_diff(
+    reference: _Config,
+    candidate: _Config,
+    set_reference: _Given = None,
+    set_candidate: _Given = None,
+    show_all: Annotated[bool, typer.Option("--all", help="Show what is the same, too.")] = False,
+    out: _Out = None,
+) -> None:
+    """Compare settings by what they mean, across Megatron, Hugging Face, DeepSpeed, MindSpore, torchtitan and ours.
+
+    What a run recorded of its live objects counts more than what its files declare; what a file leaves out is its
+    system's default.
+    """
+    from mindspeed_mm.checkpoint.commands import new_table, print_table
+    from mindspeed_mm.precision.config_diff import DIFFERENT, judge, rows
+    from mindspeed_mm.precision.config_side import understand
+    from mindspeed_mm.precision.config_sources import read_sources
+
+    sides = [
+        understand(read_sources(place), _pairs(flag, given))
+        for place, flag, given in (
+            (reference, "--set-reference", set_reference),
+            (candidate, "--set-candidate", set_candidate),
+        )
+    ]
+    shown = [row for row in rows(*sides) if show_all or row.outcome == DIFFERENT]
+    table = new_table("setting", "reference", "candidate", "")
+    for row in shown:
+        both = [str(setting) if setting else "?" for setting in (row.reference, row.candidate)]
+        table.add_row(row.key.name, *both, row.key.severity if row.outcome == DIFFERENT else row.outcome)
+    if shown:
+        print_table(table)
+    verdict = judge(*sides)
+    for finding in verdict.findings:
+        if finding.severity == "error":
+            print(f"{finding.site}: {finding.next_command}")
+    answer(verdict, out, findings_shown=True)
+
+
+def _pairs(flag: str, given: list[str] | None) -> dict[str, str]:
+    for text in given or []:
+        if "=" not in text:
+            raise UserError(f"{flag} {text}: write KEY=VALUE, world_size=8 say")
+    return dict(text.split("=", 1) for text in given or [])
