@@ -66,6 +66,35 @@ def config_diff(
     answer(verdict, out, findings_shown=True)
 
 
+@app.command()
+def curve(
+    reference: Annotated[Path, typer.Argument(help="metrics.jsonl, a log, trainer_state.json, TensorBoard, CSV.")],
+    candidate: Annotated[Path, typer.Argument(help="The same, or the folder that holds it.")],
+    ref2: Annotated[Path | None, typer.Option(help="Another run of the reference: its own noise.")] = None,
+    preset: Annotated[str, typer.Option(help="spec004, or lr0 for runs whose weights do not change.")] = "spec004",
+    min_steps: Annotated[int, typer.Option(min=1, help="Fewer steps that pass cannot be judged: exit code 2.")] = 1000,
+    out: _Out = None,
+) -> None:
+    """Judge a loss curve, and the gradient norms, by the documented criteria and by what they do not see."""
+    from mindspeed_mm.checkpoint.commands import new_table, print_table
+    from mindspeed_mm.precision.criteria import judge_curves
+    from mindspeed_mm.precision.curves import read_curve
+
+    ours, theirs = read_curve(reference), read_curve(candidate)
+    second = read_curve(ref2) if ref2 else None
+    verdict, found = judge_curves(ours, theirs, second, preset, min_steps)
+    table = new_table("criterion", "", "")
+    for criterion in found:
+        table.add_row(criterion.name, str(criterion), "holds" if criterion.passed else "fails")
+    print_table(table)
+    if out is not None:
+        from mindspeed_mm.precision.curve_plot import draw
+
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "curve.png").write_bytes(draw(ours, theirs, second))
+    answer(verdict, out)
+
+
 def _pairs(flag: str, given: list[str] | None) -> dict[str, str]:
     for text in given or []:
         if "=" not in text:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import fractions
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from mindspeed_mm.precision.config_side import Side, understand
 from mindspeed_mm.precision.config_sources import read_sources
 from mindspeed_mm.training.checkpointing import plain_values
 from tests.precision import golden
+from tests.precision.command import run
 
 _FLAGS = """--use-torch-fsdp2 --mm-data data.json --mm-model model.json --micro-batch-size 2 --global-batch-size 64
     --train-iters 2000 --lr 2e-5 --min-lr 0 --lr-decay-style cosine --lr-warmup-fraction 0.05 --adam-beta2 0.95
@@ -223,9 +222,3 @@ def test_what_cannot_be_judged_is_exit_code_two(tmp_path: Path) -> None:
     code, text = run("config-diff", str(tmp_path / "a.txt"), str(tmp_path / "b.sh"))
     assert code == 2 and "no settings of a known system" in text
     assert run("config-diff", str(tmp_path / "missing"), str(tmp_path / "b.sh"))[0] == 2
-
-
-def run(*words: str) -> tuple[int, str]:
-    command = [sys.executable, "-m", "mindspeed_mm.cli", "precision", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout + done.stderr
