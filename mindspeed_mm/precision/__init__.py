@@ -1,1 +1,1 @@
-"""Precision alignment: recording runs, comparing them, and naming what differs."""
+"""Precision alignment: what a run computes is written down, so that two runs can be compared."""
