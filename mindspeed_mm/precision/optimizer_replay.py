@@ -8,7 +8,7 @@ size of the learning rate where the true gradient is zero, is then in what goes 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -168,8 +168,8 @@ def _best_cause(
     """Return the change of one field that explains most of what is ``left``, and the settings with it."""
     best: tuple[tuple[float, ...], Cause, dict[str, Setting]] | None = None
     before = {name: _badness(steps[name], current[name]) for name in left}
-    for rank, (name, value_of, is_declared) in enumerate(_hypotheses(steps, left, current, declared)):
-        changed = {n: with_value(current[n], name, value_of(n)) for n in left}
+    for rank, (name, values, is_declared) in enumerate(_hypotheses(steps, left, current, declared)):
+        changed = {n: with_value(current[n], name, values[n]) for n in left}
         gains = {n: before[n] - _badness(steps[n], changed[n]) for n in left}
         explained = tuple(n for n in left if gains[n] == before[n])
         better = explained or tuple(n for n in left if gains[n] > 1)
@@ -179,10 +179,8 @@ def _best_cause(
         if best is None or quality > best[0]:
             settings = {**current, **{n: changed[n] for n in better}}
             example = better[0]
-            limited = name in ("weight_decay", "lr") and _is_limited(
-                steps, set(better), current, name, value_of(example)
-            )
-            expected_value, found = getattr(current[example], name), value_of(example)
+            limited = name in ("weight_decay", "lr") and _is_limited(steps, set(better), current, name, values[example])
+            expected_value, found = getattr(current[example], name), values[example]
             cause = Cause(name, expected_value, found, tuple(better), is_declared, limited)
             best = (quality, cause, settings)
     return (None, dict(current)) if best is None else (best[1], best[2])
@@ -193,23 +191,25 @@ def _hypotheses(
     left: Sequence[str],
     current: Mapping[str, Setting],
     declared: Mapping[str, Setting],
-) -> list[tuple[str, Callable[[str], Any], bool]]:
-    """Return changes of one field, the simplest first: what is declared, then switches, then numbers fitted."""
-    found: list[tuple[str, Callable[[str], Any], bool]] = []
+) -> list[tuple[str, dict[str, Any], bool]]:
+    """Return changes of one field, the simplest first: what is declared, then switches, then numbers fitted.
+
+    Each is the field, its value for every parameter, and whether it is declared.
+    """
+    found: list[tuple[str, dict[str, Any], bool]] = []
     example = current[left[0]]
     names = [entry.name for entry in fields(Setting) if entry.name != "rule"]
     for name in names:
-        if any(n in declared and not _same(getattr(declared[n], name), getattr(current[n], name)) for n in left):
-            found.append((name, lambda n, name=name: getattr(declared.get(n, current[n]), name), True))
-    for name, values in _SWITCHES[example.rule].items():
-        for value in values:
-            if value != getattr(example, name):
-                found.append((name, lambda _, value=value: value, False))
+        values = {n: getattr(declared.get(n, current[n]), name) for n in left}
+        if any(not _same(value, getattr(current[n], name)) for n, value in values.items()):
+            found.append((name, values, True))
+    for name, choices in _SWITCHES[example.rule].items():
+        found += [(name, dict.fromkeys(left, c), False) for c in choices if c != getattr(example, name)]
     sampled = {n: _sample(steps[n]) for n in left}
     for name, results in _NUMBERS[example.rule].items():
         value = _fit(sampled, current, name, results)
         if value is not None:
-            found.append((name, lambda _, value=value: value, False))
+            found.append((name, dict.fromkeys(left, value), False))
     return found
 
 

@@ -49,14 +49,15 @@ class Setting:
     def of_group(cls, optimizer: str, group: Mapping[str, Any]) -> Setting | None:
         """Read a torch parameter group of an optimizer of this class name; None for a rule that is not known here."""
         name = optimizer.lower()
-        common = {"lr": float(group["lr"]), "weight_decay": float(group.get("weight_decay", 0.0))}
+        lr, decay = float(group["lr"]), float(group.get("weight_decay", 0.0))
         if "rms" in group or ("muon" in name and "betas" not in group):
             return None
         if "betas" in group:
             decoupled = group.get("decoupled_weight_decay", group.get("adam_w_mode", name != "adam"))
             beta1, beta2 = map(float, group["betas"])
             return cls(
-                **common,
+                lr=lr,
+                weight_decay=decay,
                 beta1=beta1,
                 beta2=beta2,
                 eps=float(group["eps"]),
@@ -64,7 +65,8 @@ class Setting:
                 bias_correction=bool(group.get("bias_correction", True)),
             )
         if "sgd" in name:
-            return cls("sgd", **common, momentum=float(group["momentum"]), nesterov=bool(group.get("nesterov")))
+            momentum, nesterov = float(group["momentum"]), bool(group.get("nesterov"))
+            return cls("sgd", lr=lr, weight_decay=decay, momentum=momentum, nesterov=nesterov)
         return None
 
 
