@@ -25,11 +25,30 @@ _FLOOR = {"float64": 1e-12, "float32": 5e-6, "bfloat16": 1e-4, "float16": 1e-4}
 _ASSUMED = {"float64": 1e-11, "float32": 4e-6, "bfloat16": 2e-2, "float16": 3e-3}
 
 
-def gap(a: Sketch, b: Sketch) -> float:
-    """Return about ``|A - B|``: the larger of its estimate and the exact difference of the norms."""
+@dataclass(frozen=True)
+class Gap:
+    """How far two tensors are apart, by measures that see different things.
+
+    Attributes:
+        distance: estimate of ``|A - B|``: whatever differs, rounding included.
+        norm: ``||A| - |B||``, exact. Rounding goes up and down and hardly moves it, so that in 16 bits it shows what is
+            biased long before the distance does.
+    """
+
+    distance: float = 0.0
+    norm: float = 0.0
+
+    def widened(self, other: Gap) -> Gap:
+        """Return the larger of both, measure by measure."""
+        return Gap(max(self.distance, other.distance), max(self.norm, other.norm))
+
+
+def gap(a: Sketch, b: Sketch) -> Gap:
+    """Return how far two tensors are apart."""
     if a.nonfinite or b.nonfinite:
-        return 0.0 if a.nonfinite == b.nonfinite else float("inf")
-    return max(float(np.linalg.norm(a.vector - b.vector)) / SIZE**0.5, abs(a.norm - b.norm))
+        apart = 0.0 if a.nonfinite == b.nonfinite else float("inf")
+        return Gap(apart, apart)
+    return Gap(float(np.linalg.norm(a.vector - b.vector)) / SIZE**0.5, abs(a.norm - b.norm))
 
 
 def floor(*dtypes: str) -> float:
@@ -48,12 +67,12 @@ class Band:
 
     Attributes:
         runs: that were compared.
-        spreads: ``|A - B|`` by step and key.
+        spreads: by step and key.
         scalars: the same of the step's scalars, by step and name.
     """
 
     runs: int
-    spreads: dict[tuple[int, Key], float] = field(default_factory=dict)
+    spreads: dict[tuple[int, Key], Gap] = field(default_factory=dict)
     scalars: dict[tuple[int, str], float] = field(default_factory=dict)
 
     @classmethod
@@ -75,8 +94,8 @@ class Band:
         for number in sorted(steps):
             for one, other in combinations([record.step(number) for record in records], 2):
                 for key in one.entries.keys() & other.entries.keys():
-                    spread = gap(one.entries[key], other.entries[key])
-                    band.spreads[number, key] = max(spread, band.spreads.get((number, key), 0.0))
+                    apart = gap(one.entries[key], other.entries[key])
+                    band.spreads[number, key] = apart.widened(band.spreads.get((number, key), Gap()))
                 for name in one.scalars.keys() & other.scalars.keys():
                     spread = abs(one.scalars[name] - other.scalars[name])
                     band.scalars[number, name] = max(spread, band.scalars.get((number, name), 0.0))
@@ -87,7 +106,10 @@ class Band:
         content = {
             "precision_band": FORMAT,
             "runs": self.runs,
-            "spreads": [[step, key.phase, key.site, key.what, value] for (step, key), value in self.spreads.items()],
+            "spreads": [
+                [step, key.phase, key.site, key.what, found.distance, found.norm]
+                for (step, key), found in self.spreads.items()
+            ],
             "scalars": [[step, name, value] for (step, name), value in self.scalars.items()],
         }
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +126,10 @@ class Band:
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if content["precision_band"] != FORMAT:
                 raise KeyError(f"precision_band {content['precision_band']}")
-            spreads = {(step, Key(phase, site, what)): v for step, phase, site, what, v in content["spreads"]}
+            spreads = {
+                (step, Key(phase, site, what)): Gap(distance, norm)
+                for step, phase, site, what, distance, norm in content["spreads"]
+            }
             return cls(content["runs"], spreads, {(step, name): v for step, name, v in content["scalars"]})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(

@@ -8,7 +8,7 @@ from statistics import median
 import numpy as np
 from torch import Tensor
 
-from mindspeed_mm.precision.band import SAFETY
+from mindspeed_mm.precision.band import SAFETY, Gap
 from mindspeed_mm.precision.finding import Finding
 from mindspeed_mm.precision.optimizer_replay import Explanation, differences, explain
 from mindspeed_mm.precision.optimizer_rules import ADAM_STATE, SGD_STATE, ParameterStep, Setting
@@ -171,7 +171,7 @@ def _sizes(pair: Pair, command: str) -> list[Finding]:
     for key in pair.keys("optimizer"):
         ours, theirs = pair.reference.entries[key], pair.candidate.entries.get(key)
         if key.what == "update" and theirs is not None and ours.norm > 0:
-            spread = SAFETY * pair.band.spreads.get((pair.step, key), 0.0) / ours.norm if pair.band else 0.0
+            spread = SAFETY * pair.band.spreads.get((pair.step, key), Gap()).norm / ours.norm if pair.band else 0.0
             gaps[key.site] = (
                 abs(theirs.norm / ours.norm - 1),
                 min(max(_NORM_GAP, spread), 0.5),

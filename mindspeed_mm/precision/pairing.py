@@ -6,7 +6,7 @@ from collections import defaultdict
 from functools import cached_property
 from statistics import median
 
-from mindspeed_mm.precision.band import SAFETY, Band, assumed, floor, gap
+from mindspeed_mm.precision.band import SAFETY, Band, Gap, assumed, floor, gap
 from mindspeed_mm.precision.finding import Measurement
 from mindspeed_mm.precision.record import Key, StepRecord
 from mindspeed_mm.precision.sketch import Sketch
@@ -73,36 +73,37 @@ class Pair:
         elif ours.nonfinite != theirs.nonfinite:
             note = self._whose_nonfinite(key, ours, theirs)
         by_place = "index" in (ours.rows, theirs.rows) or ours.rows != theirs.rows
-        scale = max(ours.norm, 1e-30)
-        if by_place and not self.same_split:
-            if ours.count != theirs.count:
-                return None
-            apart = abs(ours.norm - theirs.norm)
-        elif ours.count != theirs.count:
+        found = gap(ours, theirs)
+        if ours.count != theirs.count:
             if by_place:
                 return None
-            apart = gap(ours, theirs)
             note = note or f"shape {_show(theirs.shape)}, in the reference {_show(ours.shape)}"
-        elif ours.shape != theirs.shape:
-            apart = abs(ours.norm - theirs.norm)
-        else:
-            apart = gap(ours, theirs)
+        elif ours.shape != theirs.shape or (by_place and not self.same_split):
+            found = Gap(0.0, found.norm)  # the vectors' signs are those of other places
         allowed = self._allowed(key, ours, theirs)
-        return Measurement(self.step, key.phase, key.site, key.what, apart / scale, allowed / scale, note)
+        # Of the two measures the one that is further out speaks.
+        apart, limit = found.distance, allowed.distance
+        if found.norm * limit > apart * allowed.norm:
+            apart, limit = found.norm, allowed.norm
+        scale = max(ours.norm, 1e-30)
+        return Measurement(self.step, key.phase, key.site, key.what, apart / scale, limit / scale, note)
 
-    def _allowed(self, key: Key, ours: Sketch, theirs: Sketch) -> float:
+    def _allowed(self, key: Key, ours: Sketch, theirs: Sketch) -> Gap:
         dtypes = (ours.dtype, theirs.dtype) if ours.dtype in _FLOATS else ("float64",)
         lowest = floor(*dtypes)
         scale = max(ours.norm, self._around(key) * ours.count**0.5)
         spread = None if self.band is None else self.band.spreads.get((self.step, key))
         if key.phase == "weights" and self.first:
-            return min(lowest, 5e-6) * ours.norm
+            exact = min(lowest, 5e-6) * ours.norm
+            return Gap(exact, exact)
+        least = lowest * scale + self._from_weights(key)
         if spread is not None:
-            return SAFETY * spread + lowest * scale + self._from_weights(key)
+            return Gap(SAFETY * spread.distance + least, SAFETY * spread.norm + least)
         relative = assumed(self._depth.get(key, 0), *dtypes)
         if not self.first:
             relative = 10 * relative + 10 * self._weights_apart
-        return relative * scale + self._from_weights(key)
+        # Without a band nothing is known of a bias; it is allowed what noise is.
+        return Gap(relative * scale + least, relative * scale + least)
 
     @cached_property
     def same_split(self) -> bool:
@@ -151,7 +152,7 @@ class Pair:
         if not self.first:
             for key, sketch in self.reference.of_phase("weights").items():
                 if key in self.candidate.entries:
-                    found[key.site.rpartition(".")[0]].append(gap(sketch, self.candidate.entries[key]))
+                    found[key.site.rpartition(".")[0]].append(gap(sketch, self.candidate.entries[key]).distance)
         return found
 
     @cached_property
