@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
 
@@ -43,7 +44,7 @@ class Perturbation:
         return self(output)
 
     def _moved(self, tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point() or not tensor.numel():
+        if not tensor.is_floating_point() or not tensor.numel() or isinstance(tensor, DTensor):
             return tensor
         noise = torch.rand(tensor.shape, generator=self._generator(tensor.device), device=tensor.device)
         wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
