@@ -99,8 +99,8 @@ class Judge:
             (pair.missing("weights"), "only the reference has"),
             (pair.extra("weights"), "only the candidate has"),
         ):
-            if keys:
-                sites = [key.site for key in keys]
+            # What is no parameter need not be there: it is judged by what the modules compute with it.
+            if sites := [key.site for key in keys if key.what == "parameter"]:
                 found.append(_of_parameters("weights", pair, sites, f"{words} {_some(sites)}", command))
         bad = [key for key in pair.keys("weights") if pair.bad(key)]
         if bad:

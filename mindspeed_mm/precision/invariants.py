@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -36,15 +36,8 @@ def invariants(record: Record) -> Verdict:
     clip = _clip_grad(record)
     for number in record.steps:
         step = record.step(number)
-        checks: list[Callable[[], list[Finding]]] = [
-            lambda step=step: _finite(step),
-            lambda step=step: _replicas(step),
-            lambda step=step: _reduction(step, verdict),
-            lambda step=step: _clipping(step, clip, verdict),
-            lambda step=step: _writes(record, step),
-        ]
-        for check in checks:
-            verdict.findings += check()
+        verdict.findings += _finite(step) + _replicas(step) + _reduction(step, verdict)
+        verdict.findings += _clipping(step, clip, verdict) + _writes(record, step)
     if len(record.ranks) == 1:
         verdict.notes.append("one rank wrote the record: there are no replicas to compare")
     verdict.findings.sort(key=lambda f: (f.step or 0, PHASES.index(f.phase)))

@@ -8,6 +8,7 @@ measured, by replaying it with its inputs and the outputs of the modules inside 
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from mindspeed_mm.precision.perturb import Perturbation
 from mindspeed_mm.precision.record import Call
-from mindspeed_mm.precision.values import named_values
+from mindspeed_mm.precision.values import named_inputs, named_outputs
 
 _REPLAYS = 4
 _SAFETY = 3.0
@@ -158,8 +159,8 @@ def _run(
             noise.detach()
     if noise is not None and next(module.children(), None) is None:
         output = noise(output)  # its hook does not fire where forward is called
-    found = {f"output.{name}": tensor for name, tensor in named_values(output).items()}
-    inputs = {f"grad_input.{name}": t for name, t in named_inputs(module, args, kwargs).items() if t.requires_grad}
+    found = {f"output.{name}": tensor for name, tensor in named_outputs(output)}
+    inputs = {f"grad_input.{name}": t for name, t in _inputs(module, args, kwargs).items() if t.requires_grad}
     heads = {f"grad_output.{n.removeprefix('output.')}": t for n, t in found.items() if t.requires_grad}
     known = {name: tensor for name, tensor in heads.items() if name in call.tensors}
     if known and inputs:
@@ -169,11 +170,11 @@ def _run(
     return {name: tensor.detach() for name, tensor in found.items()}
 
 
-def named_inputs(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+def _inputs(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the tensors a module was called with, under the numbers they have in keys."""
-    from mindspeed_mm.precision.sites import bound_inputs
-
-    return bound_inputs(module, args, kwargs)
+    parameters = inspect.signature(module.forward).parameters.values()
+    arguments = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return {name: tensor for name, _, tensor in named_inputs(arguments, args, kwargs)}
 
 
 def _compute_dtype(call: Call) -> torch.dtype | None:

@@ -30,13 +30,8 @@ def settings(step: StepRecord) -> dict[str, Setting]:
     return found
 
 
-def parameter_steps(step: StepRecord, earlier: StepRecord | None) -> dict[str, ParameterStep]:
-    """Return the steps of the parameters whose tensors were kept.
-
-    Args:
-        step: the step.
-        earlier: the step before it, where the state comes from; not needed for the first step of a run.
-    """
+def parameter_steps(step: StepRecord) -> dict[str, ParameterStep]:
+    """Return the optimizer's step of every parameter whose tensors were kept."""
     found = {}
     for name in settings(step):
         parameter = step.tensor(Key("weights", name, "parameter"))
@@ -44,11 +39,9 @@ def parameter_steps(step: StepRecord, earlier: StepRecord | None) -> dict[str, P
         update = step.tensor(Key("optimizer", name, "update"))
         if parameter is None or gradient is None or update is None:
             continue
-        new_state = _state(step, name)
-        state = {} if step.step == 0 else {} if earlier is None else _state(earlier, name)
-        if step.step > 0 and new_state and not state:
-            continue  # where it started from is not known
-        found[name] = ParameterStep(parameter, gradient, parameter + update, new_state, state, step.step)
+        state, count = _state(step, name, ".before"), step.tensor(Key("optimizer", name, "step.before"))
+        made = 0 if count is None else int(count)
+        found[name] = ParameterStep(parameter, gradient, parameter + update, _state(step, name), state, made)
     return found
 
 
@@ -80,7 +73,7 @@ def judge(pair: Pair, earlier: tuple[StepRecord, StepRecord] | None, command: st
         if _has_update(pair):
             return stated, ["the optimizer's rule, or its parameter groups, are not known: its step was not replayed"]
         return stated, []
-    steps = parameter_steps(pair.candidate, earlier[1] if earlier else None)
+    steps = parameter_steps(pair.candidate)
     if steps:
         explanation = explain(steps, expected, theirs)
         if explanation.deviating:
@@ -185,8 +178,8 @@ def _sizes(pair: Pair, command: str) -> list[Finding]:
     return [_finding(pair, "update", off, dict.fromkeys(gaps, Setting()), text, command)]
 
 
-def _state(step: StepRecord, name: str) -> dict[str, Tensor]:
-    kept = {what: step.tensor(Key("optimizer", name, what)) for what in _STATES}
+def _state(step: StepRecord, name: str, when: str = "") -> dict[str, Tensor]:
+    kept = {what: step.tensor(Key("optimizer", name, what + when)) for what in _STATES}
     return {what: tensor for what, tensor in kept.items() if tensor is not None}
 
 

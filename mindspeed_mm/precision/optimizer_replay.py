@@ -8,7 +8,7 @@ size of the learning rate where the true gradient is zero, is then in what goes 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -19,7 +19,7 @@ from mindspeed_mm.precision.optimizer_rules import ADAM_STATE, SGD_STATE, Parame
 
 # What fused and looped steps of the same setting differ by: some compute 1 - beta2 in fp32.
 _OF_UPDATE, _OF_STATE = 3e-5, 3e-5
-_SAMPLES = 4096
+_SAMPLES = 1024
 
 _SWITCHES: dict[str, dict[str, tuple[Any, ...]]] = {
     "adam": {
@@ -183,6 +183,8 @@ def _best_cause(
             expected_value, found = getattr(current[example], name), values[example]
             cause = Cause(name, expected_value, found, tuple(better), is_declared, limited)
             best = (quality, cause, settings)
+        if len(explained) == len(left):
+            break  # what comes later is less simple
     return (None, dict(current)) if best is None else (best[1], best[2])
 
 
@@ -191,40 +193,75 @@ def _hypotheses(
     left: Sequence[str],
     current: Mapping[str, Setting],
     declared: Mapping[str, Setting],
-) -> list[tuple[str, dict[str, Any], bool]]:
-    """Return changes of one field, the simplest first: what is declared, then switches, then numbers fitted.
+) -> Iterator[tuple[str, dict[str, Any], bool]]:
+    """Yield changes of one field, the simplest first: what is declared, then switches, then numbers fitted.
 
     Each is the field, its value for every parameter, and whether it is declared.
     """
-    found: list[tuple[str, dict[str, Any], bool]] = []
     example = current[left[0]]
     names = [entry.name for entry in fields(Setting) if entry.name != "rule"]
     for name in names:
         values = {n: getattr(declared.get(n, current[n]), name) for n in left}
         if any(not _same(value, getattr(current[n], name)) for n, value in values.items()):
-            found.append((name, values, True))
+            yield name, values, True
     for name, choices in _SWITCHES[example.rule].items():
-        found += [(name, dict.fromkeys(left, c), False) for c in choices if c != getattr(example, name)]
-    sampled = {n: _sample(steps[n]) for n in left}
+        yield from ((name, dict.fromkeys(left, c), False) for c in choices if c != getattr(example, name))
+    bundles = _bundles({n: steps[n] for n in left}, current)
     for name, results in _NUMBERS[example.rule].items():
-        value = _fit(sampled, current, name, results)
+        value = _fit(bundles, name, results)
         if value is not None:
-            found.append((name, dict.fromkeys(left, value), False))
+            yield name, dict.fromkeys(left, value), False
+
+
+@dataclass(frozen=True)
+class _Bundle:
+    """Elements of parameters that share a setting, as if they were one, with what each error counts."""
+
+    setting: Setting
+    step: ParameterStep
+    weights: dict[str, Tensor]
+
+
+def _bundles(steps: Mapping[str, ParameterStep], current: Mapping[str, Setting]) -> list[_Bundle]:
+    groups: dict[tuple[Any, ...], list[ParameterStep]] = {}
+    for name, step in steps.items():
+        key = (current[name], step.step, tuple(sorted(step.state)), tuple(sorted(step.new_state)))
+        groups.setdefault(key, []).append(step)
+    found = []
+    for (setting, count, olds, news), members in groups.items():
+        parts = [_sample(member) for member in members]
+
+        def joined(values: Iterable[Tensor]) -> Tensor:
+            return torch.cat([value.double() for value in values])
+
+        step = ParameterStep(
+            joined(p.parameter for p in parts),
+            joined(p.gradient for p in parts),
+            joined(p.new_parameter for p in parts),
+            {name: joined(p.new_state[name] for p in parts) for name in news},
+            {name: joined(p.state[name] for p in parts) for name in olds},
+            count,
+        )
+        weights: dict[str, list[Tensor]] = {"update": [], **{name: [] for name in news}}
+        for member, part in zip(members, parts, strict=True):
+            for what, of_all in weights.items():
+                tolerance = _update_tolerance(member) if what == "update" else _state_tolerance(member, what)
+                size = part.parameter.numel()
+                of_all.append(torch.full((size,), 1 / tolerance / max(size, 1) ** 0.5, dtype=torch.float64))
+        found.append(_Bundle(setting, step, {what: torch.cat(of_all) for what, of_all in weights.items()}))
     return found
 
 
-def _fit(
-    steps: Mapping[str, ParameterStep], current: Mapping[str, Setting], name: str, results: Collection[str]
-) -> float | None:
+def _fit(bundles: Sequence[_Bundle], name: str, results: Collection[str]) -> float | None:
     """Return the value of a number that explains these results of all steps best, by Gauss-Newton in one dimension."""
-    example = getattr(next(iter(current[n] for n in steps)), name)
+    example = getattr(bundles[0].setting, name)
     starts = [example]
     if name == "eps":  # spans decades, and is flat where it is too small to matter
-        starts = [10.0**power for power in range(-16, 0, 2)]
+        starts = [10.0**power for power in (-14, -10, -8, -6, -4, -2)]
     best: tuple[float, float] | None = None
 
     def residual(x: float) -> Tensor:
-        parts = [_residual(step, with_value(current[n], name, x), results) for n, step in steps.items()]
+        parts = [_residual(bundle, with_value(bundle.setting, name, x), results) for bundle in bundles]
         return torch.cat([part for some in parts for part in some] or [torch.zeros(1, dtype=torch.float64)])
 
     for start in starts:
@@ -284,16 +321,10 @@ def _deviation(step: ParameterStep, setting: Setting) -> dict[str, float]:
     return sizes
 
 
-def _residual(step: ParameterStep, setting: Setting, results: Collection[str]) -> list[Tensor]:
-    new, state = predict(setting, step)
-    count = max(new.numel(), 1) ** 0.5
-    parts = []
-    if "update" in results:
-        parts.append((step.new_parameter.double() - new).flatten() / _update_tolerance(step) / count)
-    for name, value in state.items():
-        if name in results and name in step.new_state:
-            parts.append((step.new_state[name].double() - value).flatten() / _state_tolerance(step, name) / count)
-    return parts
+def _residual(bundle: _Bundle, setting: Setting, results: Collection[str]) -> list[Tensor]:
+    new, state = predict(setting, bundle.step)
+    made, actual = {"update": new, **state}, {"update": bundle.step.new_parameter, **bundle.step.new_state}
+    return [(actual[what] - made[what]) * bundle.weights[what] for what in results if what in made and what in actual]
 
 
 def _badness(step: ParameterStep, setting: Setting) -> float:

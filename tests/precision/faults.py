@@ -63,13 +63,15 @@ def norm_eps(model: Any) -> None:
 def rope_in_bf16(model: Any) -> None:
     rotary = model.model.language_model.rotary_emb
 
-    def forward(x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        inverse = rotary.inv_freq.to(torch.bfloat16)
-        angle = position_ids.to(torch.bfloat16)[..., None] * inverse
-        angle = torch.cat([angle, angle], -1).float()
-        return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    def around(forward: Any, x: Tensor, position_ids: Tensor) -> Any:
+        exact = rotary.inv_freq
+        rotary.inv_freq = exact.bfloat16().float()
+        try:
+            return forward(x, position_ids)
+        finally:
+            rotary.inv_freq = exact
 
-    rotary.forward = forward
+    wrap_forward(rotary, around)
 
 
 def mask_off_by_one(model: Any) -> None:
