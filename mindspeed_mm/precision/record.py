@@ -114,7 +114,7 @@ class RankStep:
         groups: of the optimizer: ``class``, ``names`` and the settings of each.
         tree: class of each module by path, in the order of ``named_modules``.
         notes: what a reader of the record should know.
-        tensors: kept parts by key, with their ``(offset, size)`` in each dimension, None for all.
+        tensors: kept parts by key, with their ``(offset, size)`` in each dimension, None for all, and the full shape.
         calls: kept calls by site.
     """
 
@@ -124,7 +124,7 @@ class RankStep:
     groups: list[dict[str, Any]] = field(default_factory=list)
     tree: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    tensors: dict[Key, tuple[Tensor, tuple[tuple[int, int], ...] | None]] = field(default_factory=dict)
+    tensors: dict[Key, tuple[Tensor, tuple[tuple[int, int], ...] | None, tuple[int, ...]]] = field(default_factory=dict)
     calls: dict[str, list[Call]] = field(default_factory=dict)
 
 
@@ -159,7 +159,7 @@ class RecordWriter:
         folder = self.folder / f"step_{step:07d}"
         folder.mkdir(parents=True, exist_ok=True)
         if data.tensors or data.calls:
-            tensors = [(asdict(key), value.detach().cpu(), part) for key, (value, part) in data.tensors.items()]
+            tensors = [(asdict(key), value.detach().cpu(), *about) for key, (value, *about) in data.tensors.items()]
             calls = {site: [vars(call) for call in calls] for site, calls in data.calls.items()}
             _write(folder / f"rank_{self.rank:05d}.pt", lambda file: torch.save([tensors, calls], file))
         arrays = _to_arrays(data)
@@ -246,15 +246,9 @@ class StepRecord:
     @cached_property
     def entries(self) -> dict[Key, Sketch]:
         """All sketches, merged over ranks and micro-batches, in the order of first execution."""
-        merged: dict[Key, Sketch] = {}
-        for part in self._parts:
-            for key, sketch in part.entries.items():
-                if key not in merged or (merged[key].copy and not sketch.copy):
-                    merged[key] = sketch
-                elif not sketch.copy:
-                    merged[key] = merged[key] + sketch
         order = _merged_order([list(part.entries) for part in self._parts])
-        return {key: replace(merged[key], part=None, copy=False) for key in order}
+        found = {key: [part.entries[key] for part in self._parts if key in part.entries] for key in order}
+        return {key: _merge(sketches) for key, sketches in found.items()}
 
     def of_rank(self, rank: int) -> dict[Key, Sketch]:
         """Return what one rank saw, its micro-batches added up."""
@@ -307,17 +301,23 @@ class StepRecord:
 
         Inputs and outputs are those of the first call on the first rank, as in :meth:`calls`.
         """
-        parts = [item for tensors, _ in self._kept for item in tensors if Key(**item[0]) == key]
+        parts = self._tensors.get(key)
         if not parts:
             return self._of_call(key)
         if parts[0][2] is None:
             return parts[0][1]
-        sketch = self.entries[key]
-        assert sketch.shape is not None
-        whole = torch.empty(sketch.shape, dtype=parts[0][1].dtype)
-        for _, value, part in parts:
+        whole = torch.empty(parts[0][3], dtype=parts[0][1].dtype)
+        for _, value, part, _ in parts:
             whole[tuple(slice(offset, offset + size) for offset, size in part)] = value
         return whole
+
+    @cached_property
+    def _tensors(self) -> dict[Key, list[Any]]:
+        found: dict[Key, list[Any]] = {}
+        for tensors, _ in self._kept:
+            for item in tensors:
+                found.setdefault(Key(**item[0]), []).append(item)
+        return found
 
     def calls(self, site: str) -> list[Call]:
         """Return the kept calls of a module, all ranks, in the order of execution on each."""
@@ -329,11 +329,27 @@ class StepRecord:
         return next((call.tensors[what] for call in calls if what in call.tensors), None)
 
 
+def _merge(sketches: Sequence[Sketch]) -> Sketch:
+    """Return the sketch of the full tensor from those of the ranks."""
+    counted = [sketch for sketch in sketches if not sketch.copy] or sketches[:1]
+    by_part: dict[Any, Sketch] = {}
+    for sketch in counted:
+        if sketch.part not in by_part:
+            by_part[sketch.part] = sketch
+        elif sketch.summed:
+            by_part[sketch.part] = by_part[sketch.part] + sketch
+    merged, *others = by_part.values()
+    for sketch in others:
+        merged = merged + sketch
+    return replace(merged, part=None, copy=False)
+
+
 def _merged_order(orders: Iterable[list[Key]]) -> list[Key]:
     """Return all keys in an order that fits each list as far as possible: a new key follows the one before it."""
-    merged: list[Key] = []
-    known: set[Key] = set()
-    for order in orders:
+    first, *others = orders
+    merged: list[Key] = list(first)
+    known: set[Key] = set(merged)
+    for order in others:
         previous = None
         for key in order:
             if key not in known:
@@ -361,7 +377,7 @@ def _write(path: Path, content: Any) -> None:
 
 
 _FLOATS = ("total", "square_sum", "maximum", "minimum")
-_WORDS = ("dtype", "shape", "rows", "part", "copy", "count", "nonfinite")
+_WORDS = ("dtype", "shape", "rows", "part", "copy", "summed", "count", "nonfinite")
 
 
 def _to_arrays(data: RankStep) -> dict[str, np.ndarray]:

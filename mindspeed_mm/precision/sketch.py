@@ -25,7 +25,8 @@ class Sketch:
         vector: (SIZE,) float64.
         count: elements behind it, padding left out.
         total: their sum.
-        square_sum: the sum of their squares.
+        square_sum: the sum of their squares; where tensors were added element by element, as local gradients are, its
+            estimate from ``vector``, and then ``maximum`` and ``minimum`` are those of the summands.
         maximum: the largest; -inf without elements.
         minimum: the smallest; inf without elements.
         nonfinite: slices along the last dimension that hold NaN or infinity.
@@ -37,6 +38,7 @@ class Sketch:
             Empty for what has no rows: parameters, gradients of parameters, optimizer state.
         part: ``(offset, size)`` in each dimension of what one rank holds; None for all of it.
         copy: another rank holds the same, which counts.
+        summed: what ranks hold adds up. Otherwise equal parts of different ranks are one, which must be equal.
     """
 
     vector: np.ndarray
@@ -51,26 +53,33 @@ class Sketch:
     rows: str = ""
     part: tuple[tuple[int, int], ...] | None = None
     copy: bool = False
+    summed: bool = False
 
     def __add__(self, other: Sketch) -> Sketch:
-        """Return the sketch of both parts together."""
+        """Return the sketch of both parts together, or of the sum of both where they are the same part."""
+        overlap = self.summed and not self.rows and self.part == other.part
+        vector = self.vector + other.vector
+        estimate = float(vector @ vector) / SIZE
         return Sketch(
-            vector=self.vector + other.vector,
-            count=self.count + other.count,
+            vector=vector,
+            count=self.count if overlap else self.count + other.count,
             total=self.total + other.total,
-            square_sum=self.square_sum + other.square_sum,
+            square_sum=estimate if overlap else self.square_sum + other.square_sum,
             maximum=max(self.maximum, other.maximum),
             minimum=min(self.minimum, other.minimum),
             nonfinite=self.nonfinite + other.nonfinite,
             dtype=self.dtype if self.dtype == other.dtype else "mixed",
             shape=_joined_shape(self, other),
             rows=self.rows if self.rows == other.rows else "index",
-            part=None,
+            part=self.part if self.part == other.part else None,
             copy=self.copy and other.copy,
+            summed=self.summed or other.summed,
         )
 
     def scaled(self, factor: float) -> Sketch:
         """Return the sketch of the tensor times ``factor``."""
+        if factor == 1.0:
+            return self
         ends = sorted((self.maximum * factor, self.minimum * factor)) if self.count else [math.inf, -math.inf]
         return replace(
             self,
@@ -127,4 +136,4 @@ def _joined_shape(a: Sketch, b: Sketch) -> tuple[int, ...] | None:
         return None
     if a.rows and b.rows and a.shape and b.shape and a.shape[1:] == b.shape[1:]:
         return (a.shape[0] + b.shape[0], *a.shape[1:])
-    return a.shape if a.shape == b.shape and not a.rows else None
+    return a.shape if a.shape == b.shape else None

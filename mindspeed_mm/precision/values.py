@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor
 
+# How attention and caches are done, which differs between implementations that compute the same.
+_MEANS = re.compile(r"mask|past|cache|cu_seq|cu_window|max_seq|max_length|grid_thw|cu_len")
 
-def named_values(value: Any) -> dict[str, Tensor]:
-    """Return the tensors in nested tuples, lists, mappings and dataclasses by dotted names: ``0``, ``1.0``, ``logits``.
 
-    A lone tensor is ``0``. A mapping's tensors are named by their keys; that of :class:`torch.nn.Module` keyword
-    arguments at the end of a tuple therefore as well.
+def named_inputs(
+    arguments: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Iterator[tuple[str, str, Tensor]]:
+    """Yield name, argument and value of each tensor that a ``forward`` was called with, nested ones too.
+
+    An argument's name is its number in the signature, by whichever way it came, or its keyword where it has no number.
+    Masks, caches and boundaries of packed samples are left out.
+
+    Args:
+        arguments: names in the signature.
+        args: given by position.
+        kwargs: given by keyword.
     """
-    if isinstance(value, Tensor):
-        return {"0": value}
-    return dict(_walk(value, ""))
+    numbers = {name: str(number) for number, name in enumerate(arguments)}
+    given = [(str(number), arguments[number] if number < len(arguments) else "") for number in range(len(args))]
+    given += [(numbers.get(name, name), name) for name in kwargs]
+    for (number, argument), value in zip(given, [*args, *kwargs.values()], strict=True):
+        if not _MEANS.search(argument):
+            for name, tensor in _walk(value, number):
+                yield name, argument, tensor
+
+
+def named_outputs(output: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and value of each tensor in what a ``forward`` returned: ``0`` for a lone one, ``1.0``, ``logits``."""
+    yield from (item for item in _walk(output, "0" if isinstance(output, Tensor) else "") if not _MEANS.search(item[0]))
 
 
 def _walk(value: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:

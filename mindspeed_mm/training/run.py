@@ -110,8 +110,9 @@ def _run(
     with phase("preparing the data"):
         train, valid, test = _build_iterators(args, dataset_provider)
         checkpointer.restore_iterators(_named_iterators(train, valid))
+    manifest = describe_run(args, groups)
     if args.save:
-        write_manifest(args.save, describe_run(args, groups))
+        write_manifest(args.save, manifest)
     # Dropout differs between data-parallel ranks; a resumed run continues its own streams instead.
     accelerator.seed_all(args.seed + dist.get_rank(state.data_parallel_group()))
     checkpointer.restore_rng()
@@ -122,6 +123,10 @@ def _run(
         check = GenerationCheck(model, valid, args.eval_generate, args.params_dtype)
         trainer.generate = lambda: check.run(trainer.progress, trainer.log)
     trainer.observers = [profiler.step, memory_profiler.step]
+    if _records_precision(args):
+        from mindspeed_mm.training.alignment import attach
+
+        attach(args, trainer, manifest)
     if args.export_hf_interval:
         trainer.observers.append(lambda: _export_now_and_then(args, checkpointer))
     if checkpointer.saver:
@@ -145,6 +150,10 @@ def _run(
     if watch:
         watch.stop()
     state.shutdown()
+
+
+def _records_precision(args: Namespace) -> bool:
+    return bool(args.precision_capture or args.precision_mode or args.precision_on_anomaly or args.log_local_norm)
 
 
 def _export_now_and_then(args: Namespace, checkpointer: Checkpointer) -> None:
