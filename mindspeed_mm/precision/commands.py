@@ -21,6 +21,8 @@ app.add_typer(judge_commands.app)
 _Out = Annotated[Path | None, typer.Option(help="Folder for verdict.json and what belongs to it.")]
 _Config = Annotated[str, typer.Argument(help="A run's folder or a file; several of one side with commas between them.")]
 
+_Record = Annotated[Path, typer.Argument(help="A record, or the --save folder of the run that holds it.")]
+_State = Annotated[Path, typer.Argument(help="A checkpoint, or a folder of DCP, Hugging Face or Megatron.")]
 _Given = Annotated[
     list[str] | None, typer.Option(metavar="KEY=VALUE", help="What its files do not say: world_size=8. Repeatable.")
 ]
@@ -93,6 +95,40 @@ def curve(
         out.mkdir(parents=True, exist_ok=True)
         (out / "curve.png").write_bytes(draw(ours, theirs, second))
     answer(verdict, out)
+
+
+@app.command("data-diff")
+def data_diff(
+    reference: _Record,
+    candidate: _Record,
+    tokenizer: Annotated[Path | None, typer.Option(help="Hugging Face folder, to show text for tokens.")] = None,
+    out: _Out = None,
+) -> None:
+    """Say whether two records hold the same samples: reordered, shifted, missing, duplicated, with other content."""
+    from mindspeed_mm.precision.data_diff import judge_data, placed
+    from mindspeed_mm.precision.record import Record
+
+    decode = None
+    if tokenizer is not None:
+        from transformers import AutoTokenizer
+
+        decode = AutoTokenizer.from_pretrained(tokenizer).decode
+    answer(judge_data(placed(Record.open(reference)), placed(Record.open(candidate)), decode), out)
+
+
+@app.command("state-diff")
+def state_diff(
+    reference: _State,
+    candidate: _State,
+    weights_only: Annotated[bool, typer.Option("--weights-only", help="Leave the optimizer's state out.")] = False,
+    tolerance: Annotated[float, typer.Option(min=0.0, help="Relative L2 distance that is allowed.")] = 0.0,
+    out: _Out = None,
+) -> None:
+    """Compare weights and optimizer state: checkpoints, DCP, Hugging Face and Megatron folders, tensor by tensor."""
+    from mindspeed_mm.checkpoint.compare import differences
+    from mindspeed_mm.precision.state_diff import judge_state
+
+    answer(judge_state(*differences(reference, candidate, weights_only=weights_only), tolerance), out)
 
 
 def _pairs(flag: str, given: list[str] | None) -> dict[str, str]:
