@@ -301,7 +301,7 @@ class StepRecord:
 
         Inputs and outputs are those of the first call on the first rank, as in :meth:`calls`.
         """
-        parts = [item for tensors, _ in self._kept for item in tensors if Key(**item[0]) == key]
+        parts = self._tensors.get(key)
         if not parts:
             return self._of_call(key)
         if parts[0][2] is None:
@@ -310,6 +310,14 @@ class StepRecord:
         for _, value, part, _ in parts:
             whole[tuple(slice(offset, offset + size) for offset, size in part)] = value
         return whole
+
+    @cached_property
+    def _tensors(self) -> dict[Key, list[Any]]:
+        found: dict[Key, list[Any]] = {}
+        for tensors, _ in self._kept:
+            for item in tensors:
+                found.setdefault(Key(**item[0]), []).append(item)
+        return found
 
     def calls(self, site: str) -> list[Call]:
         """Return the kept calls of a module, all ranks, in the order of execution on each."""
@@ -338,9 +346,10 @@ def _merge(sketches: Sequence[Sketch]) -> Sketch:
 
 def _merged_order(orders: Iterable[list[Key]]) -> list[Key]:
     """Return all keys in an order that fits each list as far as possible: a new key follows the one before it."""
-    merged: list[Key] = []
-    known: set[Key] = set()
-    for order in orders:
+    first, *others = orders
+    merged: list[Key] = list(first)
+    known: set[Key] = set(merged)
+    for order in others:
         previous = None
         for key in order:
             if key not in known:
