@@ -108,7 +108,8 @@ class Distance:
 
     Attributes:
         relative: estimate of ``|A - B| / |B|``, within about 20 % for 9 of 10 pairs of tensors; 0 for equal sketches,
-            infinite where only one is zero or only one is finite. Of two that are not finite nothing more can be said: 0.
+            infinite where only one is zero or only one is finite; 0 for two that are not finite, of which nothing more
+            can be said.
         norm_gap: ``||A| - |B|| / |B|``, exact.
     """
 

@@ -166,9 +166,3 @@ def test_a_batch_of_unknown_names_has_a_sample_in_each_row() -> None:
             assert add(pool, {"noise": noise[part], "label": label[part]}, value[part]) == "sample"
         sketches.append(pool.read()[KEY])
     assert distance(*sketches).relative < 1e-6
-
-
-def test_a_gradient_that_all_samples_share_has_no_rows() -> None:
-    batch, value = padded([0, 1, 2, 3])
-    rows = BatchRows(read_batch(batch, CONFIG), CPU)
-    assert rows.of((1, value.shape[1], 8), vision=False, is_gradient=True) is None
