@@ -14,6 +14,7 @@ import typer
 
 from mindspeed_mm.checkpoint import commands
 from mindspeed_mm.errors import UserError, did_you_mean
+from mindspeed_mm.precision import commands as precision_commands
 
 app = typer.Typer(
     help="MindSpeed-MM: multimodal training on NPU, CUDA and CPU.",
@@ -24,6 +25,7 @@ app = typer.Typer(
 convert_app = typer.Typer(help="Convert weights between Hugging Face folders and checkpoints.", no_args_is_help=True)
 app.add_typer(convert_app, name="convert")
 app.add_typer(commands.app, name="checkpoint")
+app.add_typer(precision_commands.app, name="precision")
 data_app = typer.Typer(help="Prepare the data of data.json, and look at them.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 

@@ -5,6 +5,7 @@ profile, which kernels of other libraries run on it, and how megatron-core is im
 """
 
 from mindspeed_mm.accelerator.backend import default_backend, resolve_backend
+from mindspeed_mm.accelerator.determinism import Condition, conditions
 from mindspeed_mm.accelerator.hardware import (
     device,
     device_count,
@@ -23,13 +24,15 @@ from mindspeed_mm.accelerator.hardware import (
 from mindspeed_mm.accelerator.host_read import HostRead
 from mindspeed_mm.accelerator.kernels import fused_linear_cross_entropy
 from mindspeed_mm.accelerator.megatron_core import load_megatron_core
-from mindspeed_mm.accelerator.numerics import allow_tf32, determinism_limits, use_deterministic_algorithms
+from mindspeed_mm.accelerator.numerics import allow_tf32, determinism_limits, full_float32, use_deterministic_algorithms
 from mindspeed_mm.accelerator.profiling import memory_history, memory_snapshot, profiler_activities
 from mindspeed_mm.accelerator.rng import rng_state, seed_all, set_rng_state
 
 __all__ = [
+    "Condition",
     "HostRead",
     "allow_tf32",
+    "conditions",
     "default_backend",
     "determinism_limits",
     "device",
@@ -37,6 +40,7 @@ __all__ = [
     "device_name",
     "device_type",
     "empty_cache",
+    "full_float32",
     "fused_linear_cross_entropy",
     "has_float64",
     "has_fused_optimizers",

@@ -39,14 +39,14 @@ def named_tensors(
     adapted = adapted_layers(model).keys()
 
     def name_of(key: str) -> str:
-        return clean_name(_base_name(key, adapted) or key)
+        return clean_name(base_name(key, adapted) or key)
 
     # state_dict() also makes FSDP modules go back to their sharded parameters.
     state = {
         name_of(key): tensor
         for key, tensor in model.state_dict().items()
         if isinstance(tensor, torch.Tensor)
-        and (part == "all" or (part == "adapters") == (_base_name(key, adapted) is None))
+        and (part == "all" or (part == "adapters") == (base_name(key, adapted) is None))
     }
     owners: dict[str, int] = {
         name_of(name): id(tensor)
@@ -69,7 +69,7 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _base_name(name: str, adapted: Collection[str]) -> str | None:
+def base_name(name: str, adapted: Collection[str]) -> str | None:
     """Return what a tensor is called in the model without adapters, None for a tensor of an adapter."""
     kept, path = [], ""
     for part in name.split("."):

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from mindspeed_mm.distributed.grad_norm import clip_by_norm, scale_gradients, total_grad_norm
 from mindspeed_mm.distributed.phases import phase
 from mindspeed_mm.distributed.state import host_group
-from mindspeed_mm.engine.base import ForwardStep, Report, StepResult
+from mindspeed_mm.engine.base import ForwardStep, Listener, Report, StepResult
 from mindspeed_mm.engine.loss_result import LossResult, at_least_one, read_loss
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.optimizer.skipping import step_if_finite
@@ -58,6 +58,7 @@ class FSDP2Engine:
         self.clip_grad = clip_grad
         self.per_token_loss = per_token_loss
         self.replicated = [p for p in replicated if p.requires_grad]
+        self.listeners: list[Listener] = []
         self.parameters = [p for _, p in module.named_parameters() if p.requires_grad]
         self.fsdp_roots = _outermost(module)
         # What only the hosts know is agreed between hosts, so that they do not wait for their devices.
@@ -83,13 +84,16 @@ class FSDP2Engine:
                 loss = self._to_optimise(result, num_microbatches)
                 if result.num_tokens is not None:
                     token_counts.append(result.num_tokens)
+                for listener in self.listeners:
+                    listener.loss(loss, result.num_tokens)
                 with phase("backward"):
                     loss.backward(_one_if_finite(loss))
             reports.append(result.report)
         if not forward_only:
             self._reduce_replicated()
-            if self.per_token_loss:
-                self._divide_by_tokens(token_counts)
+            factor = self._divide_by_tokens(token_counts) if self.per_token_loss else 1.0
+            for listener in self.listeners:
+                listener.gradients_reduced(factor)
         return reports
 
     def optimizer_step(self) -> StepResult:
@@ -98,7 +102,11 @@ class FSDP2Engine:
             norm = total_grad_norm(self.parameters)
             if self.clip_grad > 0:
                 clip_by_norm(self.parameters, norm, self.clip_grad)
+            for listener in self.listeners:
+                listener.gradients_clipped(norm)
             step_if_finite(self.optimizer, norm)
+            for listener in self.listeners:
+                listener.updated()
             self.optimizer.zero_grad(set_to_none=True)
         return StepResult(norm)
 
@@ -149,11 +157,14 @@ class FSDP2Engine:
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad, group=self.group)
 
-    def _divide_by_tokens(self, counts: list[Tensor]) -> None:
+    def _divide_by_tokens(self, counts: list[Tensor]) -> Tensor:
+        """Return what the gradients were multiplied with."""
         total = torch.stack(counts).sum()
         dist.all_reduce(total, group=self.group)
         total = total.to(torch.promote_types(self.parameters[0].dtype, torch.float32))
-        scale_gradients(self.parameters, 1 / at_least_one(total))
+        factor = 1 / at_least_one(total)
+        scale_gradients(self.parameters, factor)
+        return factor
 
 
 def _one_if_finite(loss: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from mindspeed_mm.training.exits import ExitWatch
 from mindspeed_mm.training.failures import StoreSlot, end_hanging_job
 from mindspeed_mm.training.generation import GenerationCheck
 from mindspeed_mm.training.loop import Cadence, Progress, Trainer
-from mindspeed_mm.training.manifest import describe_run, write_manifest
+from mindspeed_mm.training.manifest import describe_effective, describe_run, write_manifest
 from mindspeed_mm.training.model_setup import build_model
 from mindspeed_mm.training.nonfinite import NonFinitePolicy
 from mindspeed_mm.training.optimizer_setup import optimizer_from, parameter_groups, schedule_from
@@ -110,8 +110,9 @@ def _run(
     with phase("preparing the data"):
         train, valid, test = _build_iterators(args, dataset_provider)
         checkpointer.restore_iterators(_named_iterators(train, valid))
+    manifest = {**describe_run(args, groups), "effective": describe_effective(args, engine, schedule)}
     if args.save:
-        write_manifest(args.save, describe_run(args, groups))
+        write_manifest(args.save, manifest)
     # Dropout differs between data-parallel ranks; a resumed run continues its own streams instead.
     accelerator.seed_all(args.seed + dist.get_rank(state.data_parallel_group()))
     checkpointer.restore_rng()
@@ -122,6 +123,10 @@ def _run(
         check = GenerationCheck(model, valid, args.eval_generate, args.params_dtype)
         trainer.generate = lambda: check.run(trainer.progress, trainer.log)
     trainer.observers = [profiler.step, memory_profiler.step]
+    if _records_precision(args):
+        from mindspeed_mm.training.alignment import attach
+
+        attach(args, trainer, manifest)
     if args.export_hf_interval:
         trainer.observers.append(lambda: _export_now_and_then(args, checkpointer))
     if checkpointer.saver:
@@ -132,6 +137,8 @@ def _run(
     try:
         stopped = _train_and_evaluate(args, trainer, exits, valid, test, checkpointer.saver)
     finally:
+        for watcher in trainer.watchers:
+            watcher.stop()
         profiler.stop()
         memory_profiler.stop()
         trainer.log.stop_progress()
@@ -145,6 +152,10 @@ def _run(
     if watch:
         watch.stop()
     state.shutdown()
+
+
+def _records_precision(args: Namespace) -> bool:
+    return bool(args.precision_capture or args.precision_mode or args.precision_on_anomaly or args.log_local_norm)
 
 
 def _export_now_and_then(args: Namespace, checkpointer: Checkpointer) -> None:
