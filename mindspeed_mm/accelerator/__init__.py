@@ -5,6 +5,7 @@ profile, which kernels of other libraries run on it, and how megatron-core is im
 """
 
 from mindspeed_mm.accelerator.backend import default_backend, resolve_backend
+from mindspeed_mm.accelerator.determinism import Condition, conditions
 from mindspeed_mm.accelerator.hardware import (
     device,
     device_count,
@@ -28,8 +29,10 @@ from mindspeed_mm.accelerator.profiling import memory_history, memory_snapshot, 
 from mindspeed_mm.accelerator.rng import rng_state, seed_all, set_rng_state
 
 __all__ = [
+    "Condition",
     "HostRead",
     "allow_tf32",
+    "conditions",
     "default_backend",
     "determinism_limits",
     "device",

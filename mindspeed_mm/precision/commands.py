@@ -131,6 +131,38 @@ def state_diff(
     answer(judge_state(*differences(reference, candidate, weights_only=weights_only), tolerance), out)
 
 
+@app.command()
+def env(
+    run: Annotated[str | None, typer.Argument(help="A run's folder, its launch script, or a config of it.")] = None,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="As a run with --use-deter-comp: all has to be repeatable.")
+    ] = False,
+    backend: Annotated[str | None, typer.Option(help="As --distributed-backend; default: the device's own.")] = None,
+    out: _Out = None,
+) -> None:
+    """Show what repeatable numbers depend on here, and refuse what cannot be repeatable."""
+    from mindspeed_mm import accelerator
+    from mindspeed_mm.checkpoint.commands import new_table, print_table
+    from mindspeed_mm.precision.config_side import Side, understand
+    from mindspeed_mm.precision.config_sources import read_sources
+    from mindspeed_mm.precision.environment import judge_environment
+
+    side = understand(read_sources(run)) if run else Side()
+    limits: list[str] = []
+    if deterministic or side.value("deterministic") is True:
+        limits = accelerator.determinism_limits()
+        accelerator.use_deterministic_algorithms()  # what the run would do, in this process
+    rows = accelerator.conditions(backend=backend)
+    table = new_table("on this machine", "in force", "repeatable", "")
+    for row in rows:
+        word = {True: "yes", False: "no", None: "if the same"}[row.repeatable]
+        table.add_row(row.name, row.value, word, row.advice)
+    print_table(table)
+    verdict = judge_environment(rows, side, deterministic)
+    verdict.notes += limits
+    answer(verdict, out)
+
+
 def _pairs(flag: str, given: list[str] | None) -> dict[str, str]:
     for text in given or []:
         if "=" not in text:
