@@ -133,7 +133,7 @@ def _of_phases(name: str, question: str, comparison: Verdict | str, phases: Sequ
 
 
 def _lr0(folders: Folders) -> Stage:
-    from mindspeed_mm.precision.lr0 import compare_lr0
+    from mindspeed_mm.precision.lr0 import compare_lr0, read_lr0
 
     name, question = "learning rate 0", "Do loss and norms stay together while the weights do not change?"
     if folders.lr0 is None:
@@ -142,29 +142,6 @@ def _lr0(folders: Folders) -> Stage:
     if found.undecided:
         return Stage(name, question, None, why_not=found.undecided)
     return _stage(name, question, found.findings)
-
-
-def read_lr0(reference: Path, candidate: Path):  # type: ignore[no-untyped-def]
-    """Return the curves and the records of two runs, each pair None where one of the two has none.
-
-    Raises:
-        UserError: there is neither.
-    """
-    from mindspeed_mm.precision.curves import read_curve
-
-    curves = records = None
-    problems = []
-    try:
-        curves = (read_curve(reference), read_curve(candidate))
-    except UserError as error:
-        problems.append(str(error))
-    try:
-        records = (Record.open(reference), Record.open(candidate))
-    except UserError as error:
-        problems.append(str(error))
-    if len(problems) == 2:
-        raise UserError("; ".join(problems))
-    return curves, records
 
 
 def _curve(folders: Folders, min_steps: int) -> Stage:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from mindspeed_mm.precision.curves import Curve, align
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.precision.curves import Curve, align, read_curve
 from mindspeed_mm.precision.finding import Finding, Measurement, Verdict
 from mindspeed_mm.precision.record import Record
 
@@ -77,6 +79,27 @@ def compare_lr0(curves: tuple[Curve, Curve] | None, records: tuple[Record, Recor
     if not verdict.table:
         verdict.undecided = "the runs have no step in common"
     return verdict
+
+
+def read_lr0(reference: Path, candidate: Path) -> tuple[tuple[Curve, Curve] | None, tuple[Record, Record] | None]:
+    """Return the curves and the records of two runs, each pair None where one of the two has none.
+
+    Raises:
+        UserError: there is neither.
+    """
+    curves = records = None
+    problems = []
+    try:
+        curves = (read_curve(reference), read_curve(candidate))
+    except UserError as error:
+        problems.append(str(error))
+    try:
+        records = (Record.open(reference), Record.open(candidate))
+    except UserError as error:
+        problems.append(str(error))
+    if len(problems) == 2:
+        raise UserError("; ".join(problems))
+    return curves, records
 
 
 def _biased_module(reference: Record, candidate: Record, verdict: Verdict) -> Finding | None:

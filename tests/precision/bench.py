@@ -63,6 +63,7 @@ def make_job(folder: Path, hf_folder: Path, record: Path, dtype: str = "fp32", r
         row = json.loads(json.dumps(job.rows[index % 8]))
         words = f"<image>\n{TEXTS[index % 4]} Number {index}."
         row["messages"][0]["content"] = words
+        row["messages"][1]["content"] += " It really is." * (index % 3)
         rows.append(row)
     job.rows = rows
     job.model = {
