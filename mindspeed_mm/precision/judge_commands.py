@@ -115,3 +115,23 @@ def doctor_command(
     for stage in stages:
         print(stage)
     answer(verdict, out)
+
+
+@app.command("selftest")
+def selftest_command(
+    faults: Annotated[str, typer.Option(help="Only those with this in their name.")] = "",
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute under autocast.")] = False,
+) -> None:
+    """Put known faults into a tiny model and check that compare finds them, and nothing where nothing is."""
+    from mindspeed_mm.precision.selftest import selftest
+
+    results = []
+    for result in selftest(bf16, faults):
+        results.append(result)
+        found = result.found
+        text = "nothing" if found is None else f"{found.phase}, {found.site or 'the whole model'}, step {found.step}"
+        print(f"{'right' if result.right else 'WRONG'}: {result.name}: {text}", flush=True)
+    if not results:
+        raise UserError(f"--faults {faults}: no fault has this in its name")
+    print(f"{sum(result.right for result in results)} of {len(results)} answers are right")
+    raise typer.Exit(int(not all(result.right for result in results)))

@@ -86,7 +86,12 @@ def mask_off_by_one(model: Any) -> None:
 
 def embedding_in_bf16(model: Any) -> None:
     embed = model.model.language_model.embed_tokens
-    embed.forward = lambda ids: F.embedding(ids, embed.weight.bfloat16()).to(embed.weight.dtype)
+
+    def forward(ids: Tensor) -> Tensor:
+        other = torch.bfloat16 if embed.weight.dtype == torch.float32 else torch.float32
+        return F.embedding(ids, embed.weight.to(other)).to(torch.float32)
+
+    embed.forward = forward
 
 
 def permuted_heads(model: Any) -> None:
