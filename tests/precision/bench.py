@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 from tests.precision.faults import FAULTS, Fault
+from tests.precision.more_faults import MORE
 from tests.ranks import RankPool
 from tests.training.job import Job, run_here
 
@@ -126,4 +127,4 @@ def train_here(command: list[str], folder: str, fault_name: str | None) -> tuple
 
 def find(name: str | None) -> Fault | None:
     """Return a fault by its name."""
-    return None if name is None else FAULTS[name]
+    return None if name is None else {**FAULTS, **MORE}[name]
