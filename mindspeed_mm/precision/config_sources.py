@@ -240,6 +240,8 @@ def _our_manifest(path: Path, content: Mapping[str, Any]) -> Iterator[Source]:
     arguments = dict(start.get("arguments", {}))
     configs = flatten({name: value for name, value in start.get("configs", {}).items() if name in _OUR_FILES.values()})
     yield Source("ours", str(path), {**_effective_flags(arguments), **configs}, complete=True)
+    if settings := start.get("effective", {}).get("settings"):
+        yield Source("effective", str(path), settings)
     yield from _model_of(path, configs)
 
 
