@@ -163,6 +163,29 @@ def env(
     answer(verdict, out)
 
 
+@app.command()
+def report(
+    reference: _Record,
+    candidate: _Record,
+    out: Annotated[Path, typer.Option(help="Folder for report.html and verdict.json.")],
+    verdict: Annotated[
+        list[Path] | None, typer.Option(help="The --out folder of a check made before. Repeatable.")
+    ] = None,
+    min_steps: Annotated[int, typer.Option(min=1, help="As for curve.")] = 1000,
+) -> None:
+    """Put all that two runs' folders tell on one HTML page: curves, the first difference on the module tree, settings.
+
+    The page needs no other file and no network.
+    """
+    from mindspeed_mm.precision.report import collect, page
+
+    found = collect(reference, candidate, verdict or [], min_steps)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.html").write_text(page(found), encoding="utf-8")
+    print(f"wrote {out / 'report.html'}")
+    answer(found.whole, out)
+
+
 def _pairs(flag: str, given: list[str] | None) -> dict[str, str]:
     for text in given or []:
         if "=" not in text:
