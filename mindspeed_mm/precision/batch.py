@@ -19,7 +19,9 @@ _MEDIA = (
     ("image", "pixel_values", "image_grid_thw", ("image_token_id", "image_token_index")),
     ("video", "pixel_values_videos", "video_grid_thw", ("video_token_id", "video_token_index")),
 )
-_DERIVED = ("attention_mask", "cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")  # how samples lie, not what they hold
+_BOUNDS = ("attention_mask", "cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")  # how samples lie, not what they hold
+DERIVED = (*_BOUNDS, "position_ids", "image_grid_thw", "video_grid_thw")
+"""Fields that follow from others, or are few numbers for each image."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,7 @@ def _contents(
     contents = {}
     parts = torch.from_numpy(span)
     for name, value in fields.items():
-        if name in _DERIVED:
+        if name in _BOUNDS:
             continue
         medium = next((m for m in media if name in (m.key, f"{m.kind}_grid_thw")), None)
         if medium is not None:

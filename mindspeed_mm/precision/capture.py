@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mindspeed_mm.precision.batch import Samples, read_batch
+from mindspeed_mm.precision.batch import DERIVED, Samples, read_batch
 from mindspeed_mm.precision.hooks import ModuleHooks
 from mindspeed_mm.precision.placement import place
 from mindspeed_mm.precision.plan import CapturePlan
@@ -237,7 +237,7 @@ def _add_fields(pool: StepPool, batch: Any, rows: BatchRows) -> None:
         batch.items() if hasattr(batch, "items") else enumerate(batch if isinstance(batch, (tuple, list)) else [batch])
     )
     for name, value in items:
-        if isinstance(value, Tensor) and value.ndim and value.is_cpu:
+        if isinstance(value, Tensor) and value.ndim and value.is_cpu and name not in DERIVED:
             found = rows.of(value.shape, vision=str(name).startswith("pixel_values"))
             if found is not None:
                 pool.add(Key("data", "batch", str(name)), value, rows, found)

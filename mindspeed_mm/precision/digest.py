@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
@@ -17,7 +18,7 @@ WIDTH = SIZE + 5
 """Numbers of a digest: the sketch's vector, total, square sum, maximum, minimum, slices that are not finite."""
 
 _BLOCK = 1 << 22  # elements: a 16-bit tensor is widened a piece at a time
-_WIDEST = 1 << 18  # columns whose signs are kept as one matrix
+_NARROWEST = 128  # columns, of several dimensions if need be, so that few products have few columns
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -36,27 +37,32 @@ def hashes(key: np.ndarray | int, index: np.ndarray) -> np.ndarray:
         return mix(np.asarray(key, dtype=np.uint64) + (index.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
 
 
+@contextmanager
+def unnoticed(device: torch.device) -> Iterator[None]:
+    """Compute in full precision, and outside of autograd and of all that watches operators.
+
+    Among these is selective recompute, which would take the outputs of a digest for those of the layer.
+    """
+    with (
+        torch.no_grad(),
+        _disable_current_modes(),
+        torch.autocast(device.type, enabled=False),
+        accelerator.full_float32(),
+    ):
+        yield
+
+
 def digest(value: Tensor, rows: Tensor | None = None, offset: Sequence[int] | None = None) -> Tensor:
     """Return the digest of one part of a tensor, (WIDTH,) float32 on its device. The host does not wait.
 
-    It is linear in all but the last four numbers, adds float32 products in full precision whatever autocast and
-    ``--allow-tf32`` say, and does not take part in autograd or in what watches operators.
+    It is linear in all but the last four numbers. To be called within :func:`unnoticed`.
 
     Args:
         value: any shape and dtype.
         rows: (N,) int64 hashes of the first dimension; None: its indices are hashed as those of the others.
         offset: where ``value`` lies in the full tensor, for the dimensions that are told apart by index.
     """
-    with (
-        torch.no_grad(),
-        _disable_current_modes(),
-        torch.autocast(value.device.type, enabled=False),
-        accelerator.full_float32(),
-    ):
-        return _digest(value.detach(), rows, offset)
-
-
-def _digest(value: Tensor, rows: Tensor | None, offset: Sequence[int] | None) -> Tensor:
+    value = value.detach()
     if value.is_complex():
         value, offset = torch.view_as_real(value), None if offset is None else [*offset, 0]
     if value.numel() == 0:
@@ -68,9 +74,8 @@ def _digest(value: Tensor, rows: Tensor | None, offset: Sequence[int] | None) ->
     dims = [(size, start, len(sizes) - 1 - i) for i, (size, start) in enumerate(zip(sizes, starts, strict=True))]
     first = 0 if rows is None else 1
     split = len(dims)
-    while split > first and _product(dims[split - 1 :]) <= _WIDEST:
+    while split > first and (split == len(dims) or _product(dims[split:]) < _NARROWEST):
         split -= 1
-    split = min(split, len(dims))
     leading = [] if rows is None else [rows]
     row_hashes = _outer([*leading, *(_index_hashes(dim, value.device) for dim in dims[first:split])], value.device)
     columns = _signs(tuple(dims[split:]), value.device)
@@ -92,13 +97,13 @@ def _block(block: Tensor, row_hashes: Tensor, columns: Tensor) -> Tensor:
     """Return the digest of (R, C); ``columns`` (C, SIZE) holds signs."""
     block = block.float()
     signs = _expand(row_hashes)
-    # The larger of the two dimensions is summed by the matrix product.
+    # Matrix products add up the smaller of the two dimensions: long sums in float32 lose digits.
     is_wide = len(block) < block.shape[1]
-    vector = ((block @ columns) * signs).sum(0) if is_wide else ((signs.T @ block) * columns.T).sum(1)
+    vector = ((signs.T @ block) * columns.T).sum(1) if is_wide else ((block @ columns) * signs).sum(0)
     low, high = block.amin(1), block.amax(1)  # NaN comes through
-    norm = torch.linalg.vector_norm(block)
+    squares = torch.linalg.vector_norm(block, dim=1).square().sum()  # row by row: fewer roundings
     broken = (~(torch.isfinite(low) & torch.isfinite(high))).sum()
-    return torch.cat([vector, torch.stack([block.sum(), norm * norm, high.amax(), low.amin(), broken.float()])])
+    return torch.cat([vector, torch.stack([block.sum(), squares, high.amax(), low.amin(), broken.float()])])
 
 
 def _expand(row_hashes: Tensor) -> Tensor:

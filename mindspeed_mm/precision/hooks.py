@@ -119,6 +119,8 @@ class ModuleHooks:
         assert batch is not None
         if batch.are_masks(shape):
             return
+        if not value.is_floating_point() and what.startswith("input.") and what != "input.0":
+            return  # positions and such: what is made of them is recorded, and not all batches hand them on
         rows = batch.of(shape, vision=vision)
         if rows is None and (vision or not value.is_floating_point()) and batch.knows_tokens:
             return  # a blank image, which belongs to no sample, or a table of numbers

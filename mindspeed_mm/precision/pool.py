@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from mindspeed_mm.precision.digest import digest
+from mindspeed_mm.precision.digest import digest, unnoticed
 from mindspeed_mm.precision.placement import Placed, place
 from mindspeed_mm.precision.record import Key
 from mindspeed_mm.precision.rows import BatchRows, Rows
@@ -50,15 +50,19 @@ class StepPool:
             batch: of the micro-batch.
             rows: from ``batch``, for the shape of the full tensor; None where only an index tells rows apart.
         """
-        placed = place(value)
-        made = self._of_activation(placed, value.dtype, batch, rows)
+        with unnoticed(value.device):
+            placed = place(value)
+            made = self._of_activation(placed, value.dtype, batch, rows)
         is_copy = placed.copy if placed.part is not None or placed.copy else not self._speaks
         self._append(key, made, copy=is_copy, summed=True)
 
     def add_whole(self, key: Key, value: Tensor, *, summed: bool = False) -> None:
         """Add a parameter, or what belongs to one; ``summed``: what ranks hold adds up."""
-        placed = place(value)
-        made = self._remember(placed.local, (tuple(placed.offset or ()),), None, lambda: _of_parameter(placed, value))
+        with unnoticed(value.device):
+            placed = place(value)
+            made = self._remember(
+                placed.local, (tuple(placed.offset or ()),), None, lambda: _of_parameter(placed, value)
+            )
         self._append(key, made, copy=placed.copy or (summed and not self._speaks), summed=summed)
 
     def alias(self, key: Key, other: Key) -> None:
