@@ -29,7 +29,9 @@ def check(a: Record, b: Record, limit: float = 1e-5) -> None:
         assert a.step(step).scalars == pytest.approx(b.step(step).scalars, rel=1e-6)
         for one, other in zip(a.step(step).samples, b.step(step).samples, strict=True):
             assert (one.id, one.position, one.name, one.tokens) == (other.id, other.position, other.name, other.tokens)
-            assert {key: one.fields[key] for key in one.fields.keys() & other.fields.keys()}.items() <= other.fields.items()
+            assert {
+                key: one.fields[key] for key in one.fields.keys() & other.fields.keys()
+            }.items() <= other.fields.items()
 
 
 def test_splits_of_the_global_batch(
