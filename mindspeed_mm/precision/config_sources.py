@@ -237,12 +237,19 @@ def _training_args(path: Path) -> dict[str, Any]:
 
 def _our_manifest(path: Path, content: Mapping[str, Any]) -> Iterator[Source]:
     start = content["starts"][-1] if "starts" in content else content
-    arguments = dict(start.get("arguments", {}))
+    arguments, effective = dict(start.get("arguments", {})), start.get("effective", {})
+    if settings := effective.get("settings"):
+        yield Source("effective", str(path), settings)
+    if variables := effective.get("environment"):
+        yield Source("environment", str(path), variables, complete=True)
+    if config := effective.get("config"):
+        yield Source("config", str(path), flatten(config), complete=True)
+    if not arguments:  # another trainer's record
+        return
     configs = flatten({name: value for name, value in start.get("configs", {}).items() if name in _OUR_FILES.values()})
     yield Source("ours", str(path), {**_effective_flags(arguments), **configs}, complete=True)
-    if settings := start.get("effective", {}).get("settings"):
-        yield Source("effective", str(path), settings)
-    yield from _model_of(path, configs)
+    if not effective.get("config"):
+        yield from _model_of(path, configs)
 
 
 def _effective_flags(arguments: dict[str, Any]) -> dict[str, Any]:

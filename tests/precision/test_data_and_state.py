@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mindspeed_mm.precision.data_diff import Placed, judge_data
-from mindspeed_mm.precision.record import RankStep, RecordWriter, SampleFingerprint
+from mindspeed_mm.precision.record import Key, RankStep, RecordWriter, SampleFingerprint
 from tests.precision.command import run
 
 PER_STEP = 4
@@ -208,3 +208,22 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
     torch.save({"model": {}, "code": print}, folder / "iter_0000007/mp_rank_00/model_optim_rng.pt")
     code, text = run("state-diff", folder, folder)
     assert code == 2 and "without running code" in text
+
+
+def test_records_are_compared_by_what_they_hold_of_the_weights(tmp_path: Path) -> None:
+    from tests.precision.test_msprobe import sketch_of
+
+    def write(name: str, tensors: dict[str, torch.Tensor]) -> Path:
+        writer = RecordWriter(tmp_path / name)
+        writer.start({})
+        entries = {Key("weights", site, "parameter"): sketch_of(tensor) for site, tensor in tensors.items()}
+        writer.write(0, RankStep(entries=entries))
+        return tmp_path / name
+
+    weights = {"a.weight": torch.randn(3, 4), "b.weight": torch.randn(5)}
+    reference = write("reference", weights)
+    assert run("state-diff", reference, write("same", weights))[0] == 0
+    code, text = run("state-diff", reference, write("scaled", {**weights, "b.weight": weights["b.weight"] * 1.1}))
+    assert code == 1 and "weights, b.weight: parameter: relative distance" in text
+    code, text = run("state-diff", reference, write("less", {"a.weight": weights["a.weight"]}))
+    assert code == 1 and "only in the reference" in text
