@@ -4,6 +4,7 @@ Everything else asks here: the device and its collective library, its memory, it
 profile, which kernels of other libraries run on it, and how megatron-core is imported.
 """
 
+from mindspeed_mm.accelerator.attention import attend, attend_block, block_gradients
 from mindspeed_mm.accelerator.backend import default_backend, resolve_backend
 from mindspeed_mm.accelerator.hardware import (
     device,
@@ -30,6 +31,9 @@ from mindspeed_mm.accelerator.rng import rng_state, seed_all, set_rng_state
 __all__ = [
     "HostRead",
     "allow_tf32",
+    "attend",
+    "attend_block",
+    "block_gradients",
     "default_backend",
     "determinism_limits",
     "device",
