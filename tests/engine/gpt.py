@@ -22,6 +22,8 @@ from mindspeed_mm.distributed.parallel import ParallelSizes
 from mindspeed_mm.engine.megatron import MegatronEngine
 
 LENGTH, VOCABULARY = 16, 128
+# With a smaller eps the update of an element whose gradient is near zero is the sign of its rounding error.
+ADAM: dict[str, Any] = {"lr": 1e-3, "eps": 1e-5, "weight_decay": 0.1}
 
 
 @dataclass(frozen=True)
@@ -77,25 +79,13 @@ class Step:
     grad_norm: float
 
 
-class SequenceParallelNorm(nn.Module):
-    """RMSNorm whose gradient megatron-core adds up over the ranks that share a sequence."""
-
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.weight.sequence_parallel = config.sequence_parallel
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
-
-
 def gpt_model(case: Case, pre_process: bool, post_process: bool, vp_stage: int | None) -> Any:
     """Return one chunk of the megatron-core model, with the oracle's weights."""
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
     from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from mindspeed_mm.models.megatron.specs import decoder_spec
 
     sizes = parallel.sizes()
     config = TransformerConfig(
@@ -128,10 +118,6 @@ def gpt_model(case: Case, pre_process: bool, post_process: bool, vp_stage: int |
         persist_layer_norm=False,
         **case.config,
     )
-    layer = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
-    parts = layer.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = SequenceParallelNorm
-    parts.self_attention.submodules.q_layernorm = parts.self_attention.submodules.k_layernorm = SequenceParallelNorm
     stage = {} if vp_stage is None else {"vp_stage": vp_stage}
     try:
         count = get_num_layers_to_build(config, **stage)
@@ -139,7 +125,7 @@ def gpt_model(case: Case, pre_process: bool, post_process: bool, vp_stage: int |
         stage, count = {}, get_num_layers_to_build(config)
     model = GPTModel(
         config,
-        TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=SequenceParallelNorm),
+        decoder_spec(config, [False] * count, transformer_engine=False),
         vocab_size=VOCABULARY,
         max_sequence_length=64,
         pre_process=pre_process,
@@ -187,7 +173,7 @@ def start(case: Case) -> MegatronEngine:
     return MegatronEngine(
         wrapped,
         mains,
-        torch.optim.AdamW([{"params": mains.values}], lr=1e-2, weight_decay=0.1, fused=True),
+        torch.optim.AdamW([{"params": mains.values}], fused=True, **ADAM),
         clip_grad=case.clip,
         sequence_length=LENGTH,
         micro_batch_size=2,
@@ -269,7 +255,7 @@ def _blocks(engine: MegatronEngine, gradients: bool) -> Iterator[tuple[str, tupl
 def oracle(case: Case, steps: int = 3) -> list[dict[str, Any]]:
     """Train Hugging Face's model the same way in this process."""
     model = hf_model(case.tied, case.layers)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
     seen = []
     for number in range(steps):
         taken = batches(case.micro_batches, seed=number)
@@ -283,7 +269,7 @@ def oracle(case: Case, steps: int = 3) -> list[dict[str, Any]]:
             share = count if case.form == "per_token" else (batch["labels"] >= 0).sum() * len(taken)
             (losses / share).backward()
             # A triple reports sums and counts, whatever is optimised.
-            total += float(losses / (count if case.form in ("triple", "per_token") else share))
+            total += float(losses.detach() / (count if case.form in ("triple", "per_token") else share))
         gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
         if case.clip:
