@@ -43,10 +43,3 @@ def test_published_names_can_be_imported() -> None:
 @pytest.mark.parametrize(("one", "other", "name"), SAME)
 def test_one_object_under_two_paths(one: str, other: str, name: str) -> None:
     assert getattr(import_module(one), name) is getattr(import_module(other), name)
-
-
-def test_the_model_of_the_other_road_names_the_way() -> None:
-    from mindspeed_mm.models.vlm_model import VLMModel
-
-    with pytest.raises(UserError, match=r"TransformersModel with pretrain_transformers\.py"):
-        VLMModel({})

@@ -34,10 +34,12 @@ def pieces(model: nn.Module) -> dict[str, list[Piece]]:
     Raises:
         KeyError: a parameter whose counterpart in the Hugging Face model is not known.
     """
-    while not hasattr(model, "text_decoder") and isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module
+    unwrapped: Any = model
+    while not hasattr(unwrapped, "text_decoder") and isinstance(getattr(unwrapped, "module", None), nn.Module):
+        unwrapped = unwrapped.module
+    model = unwrapped
     decoder: Any = getattr(model, "text_decoder", model)
-    hf_decoder = "model" if decoder is model else "model.language_model"
+    hf_decoder = "model" if decoder is model else model.blueprint.decoder_path
     names: dict[str, list[Piece]] = {}
     if decoder is not model:
         encoder: Any = getattr(model, "image_encoder", None)
