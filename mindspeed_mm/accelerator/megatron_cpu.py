@@ -2,8 +2,8 @@
 
 megatron-core asks CUDA for the current device, for streams and for random states, and creates tensors on ``"cuda"``.
 Here the modules that do so are given a stand-in for the name ``torch``: it is torch, but for the few functions that a
-CPU has to answer for. Nothing outside megatron-core's modules changes: a script's own ``torch.cuda`` stays what it is.
-Other names are replaced where a function as a whole is about CUDA.
+CPU has to answer for. Other names are replaced where a function as a whole is about CUDA. Outside megatron-core's
+modules one thing changes: ``Tensor.cuda()`` returns the tensor, instead of failing.
 
 Everything replaced is listed in `STAND_INS` and `NAMES` with the line of megatron-core that needs it (0.16.1; 0.12.1
 where that is the only one). What the list does not hold does not run on a CPU: CUDA graphs, TransformerEngine, the
@@ -35,12 +35,14 @@ STAND_INS: dict[str, frozenset[str]] = {
     "utils": frozenset({"current_device"}),
     # :800, :806: the buffers of parameters and gradients
     "distributed.param_and_grad_buffer": frozenset({"current_device"}),
-    # :596, :983, :2138: total_num_tokens; 0.12.1 :765, :1828: torch.tensor(0).cuda()
-    "pipeline_parallel.schedules": frozenset({"zeros", "tensor"}),
+    # :596, :983, :2138: total_num_tokens
+    "pipeline_parallel.schedules": frozenset({"zeros"}),
     # :190, :313: shapes and tensors of the neighbours; :242, :398: synchronize after batched sends
     "pipeline_parallel.p2p_communication": frozenset({"current_device", "synchronize"}),
-    # :61: the slices of context parallelism, torch.tensor(..., pin_memory=True).cuda()
+    # :61: the slices of context parallelism, torch.tensor(..., pin_memory=True)
     "models.common.embeddings.rope_utils": frozenset({"tensor"}),
+    # :162: the frequencies, when they were made on the CPU
+    "models.common.embeddings.rotary_pos_embedding": frozenset({"current_device"}),
     # :998: where the auxiliary losses are collected
     "transformer.moe.moe_utils": frozenset({"zeros"}),
     # :90: weights of the router; :169: the biases of its experts
@@ -91,16 +93,14 @@ _CUDA: dict[str, Any] = {
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Let ``factory`` create on the CPU what is to lie on CUDA; ``.cuda()`` of what it returns changes nothing."""
+    """Let ``factory`` create on the CPU what is to lie on CUDA."""
 
     @functools.wraps(factory)
     def create(*args: Any, **kwargs: Any) -> torch.Tensor:
         if torch.device(kwargs.get("device") or "cpu").type == "cuda":
             kwargs["device"] = _CPU
         kwargs.pop("pin_memory", None)
-        created: Any = factory(*args, **kwargs)
-        created.cuda = lambda *_, **__: created
-        return created
+        return factory(*args, **kwargs)
 
     return create
 
@@ -117,6 +117,13 @@ def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
+def _stay(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return tensor
+
+
+TENSOR_CUDA = "Tensor.cuda"
+"""language_module.py:244: tied weights of the last stage; rope_utils.py:62; 0.12.1 schedules.py:765, :1828."""
+
 NAMES: dict[str, dict[str, Any]] = {
     # :120, :125: a fork of the tracked random state (dropout); both are about CUDA generators alone
     "tensor_parallel.random": {"_get_cuda_rng_state": _get_state, "_set_cuda_rng_state": _set_state},
@@ -132,7 +139,7 @@ def answer_for_cuda(leave_out: str | None = None) -> None:
     """Make megatron-core run on a CPU; doing it twice changes nothing.
 
     Args:
-        leave_out: a module of the lists that stays as it is, for the tests of the lists.
+        leave_out: a module of the lists, or `TENSOR_CUDA`, that stays as it is, for the tests of the lists.
     """
     for name in (STAND_INS.keys() | NAMES.keys()) - {leave_out}:
         module = importlib.import_module(f"megatron.core.{name}")
@@ -141,5 +148,7 @@ def answer_for_cuda(leave_out: str | None = None) -> None:
             cuda = _Module(torch.cuda, **{key: _CUDA[key] for key in names & _CUDA.keys()})
             vars(module)["torch"] = _Module(torch, **own, cuda=cuda)
         vars(module).update(NAMES.get(name, {}))
+    if leave_out != TENSOR_CUDA:
+        torch.Tensor.cuda = _stay
     # Every fork of the CPU's only generator is reported as a mistake.
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
