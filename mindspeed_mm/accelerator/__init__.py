@@ -23,7 +23,7 @@ from mindspeed_mm.accelerator.hardware import (
 )
 from mindspeed_mm.accelerator.host_read import HostRead
 from mindspeed_mm.accelerator.kernels import fused_linear_cross_entropy
-from mindspeed_mm.accelerator.megatron_core import load_megatron_core
+from mindspeed_mm.accelerator.megatron_core import has_transformer_engine, load_megatron_core, prepare_megatron_layers
 from mindspeed_mm.accelerator.numerics import allow_tf32, determinism_limits, use_deterministic_algorithms
 from mindspeed_mm.accelerator.profiling import memory_history, memory_snapshot, profiler_activities
 from mindspeed_mm.accelerator.rng import rng_state, seed_all, set_rng_state
@@ -45,12 +45,14 @@ __all__ = [
     "fused_linear_cross_entropy",
     "has_float64",
     "has_fused_optimizers",
+    "has_transformer_engine",
     "is_cpu",
     "load_megatron_core",
     "memory_history",
     "memory_snapshot",
     "memory_stats",
     "peak_flops",
+    "prepare_megatron_layers",
     "profiler_activities",
     "resolve_backend",
     "rng_state",

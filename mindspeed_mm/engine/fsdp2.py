@@ -15,7 +15,7 @@ from mindspeed_mm.distributed.grad_norm import clip_by_norm, scale_gradients, to
 from mindspeed_mm.distributed.phases import phase
 from mindspeed_mm.distributed.state import host_group
 from mindspeed_mm.engine.base import ForwardStep, Report, StepResult
-from mindspeed_mm.engine.loss_result import LossResult, at_least_one, read_loss
+from mindspeed_mm.engine.loss_result import LossResult, at_least_one, one_if_finite, read_forward, read_loss
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.optimizer.skipping import step_if_finite
 
@@ -84,7 +84,7 @@ class FSDP2Engine:
                 if result.num_tokens is not None:
                     token_counts.append(result.num_tokens)
                 with phase("backward"):
-                    loss.backward(_one_if_finite(loss))
+                    loss.backward(one_if_finite(loss))
             reports.append(result.report)
         if not forward_only:
             self._reduce_replicated()
@@ -103,10 +103,7 @@ class FSDP2Engine:
         return StepResult(norm)
 
     def _forward(self, forward_step: ForwardStep, data_iterator: Iterator[Any] | None) -> LossResult:
-        pair = forward_step(data_iterator, self.module)
-        if not (isinstance(pair, tuple) and len(pair) == 2 and callable(pair[1])):
-            raise UserError(f"forward_step returned a {type(pair).__name__}: it must return '(output, loss_func)'.")
-        output, loss_func = pair
+        output, loss_func = read_forward(forward_step(data_iterator, self.module))
         return read_loss(loss_func(output), per_token_loss=self.per_token_loss)
 
     def _to_optimise(self, result: LossResult, num_microbatches: int) -> Tensor:
@@ -154,11 +151,6 @@ class FSDP2Engine:
         dist.all_reduce(total, group=self.group)
         total = total.to(torch.promote_types(self.parameters[0].dtype, torch.float32))
         scale_gradients(self.parameters, 1 / at_least_one(total))
-
-
-def _one_if_finite(loss: Tensor) -> Tensor:
-    """Return the gradient to start from: NaN for a loss that is not finite, so that no rank updates its weights."""
-    return loss.detach() * 0 + 1
 
 
 def _outermost(module: nn.Module) -> list[FSDPModule]:
