@@ -6,8 +6,6 @@ from importlib import import_module
 
 import pytest
 
-from mindspeed_mm.errors import UserError
-
 SURFACE = {
     "mindspeed_mm.training": "pretrain get_args print_rank_0 average_losses_across_data_parallel_group unwrap_model",
     "mindspeed_mm.configs.config": "mm_extra_args_provider merge_mm_args MMConfig ConfigReader",
