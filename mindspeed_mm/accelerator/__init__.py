@@ -4,7 +4,7 @@ Everything else asks here: the device and its collective library, its memory, it
 profile, which kernels of other libraries run on it, and how megatron-core is imported.
 """
 
-from mindspeed_mm.accelerator.attention import attend, attend_block, block_gradients
+from mindspeed_mm.accelerator.attention import attend, attend_block, attend_each, block_gradients
 from mindspeed_mm.accelerator.backend import default_backend, resolve_backend
 from mindspeed_mm.accelerator.hardware import (
     device,
@@ -33,6 +33,7 @@ __all__ = [
     "allow_tf32",
     "attend",
     "attend_block",
+    "attend_each",
     "block_gradients",
     "default_backend",
     "determinism_limits",

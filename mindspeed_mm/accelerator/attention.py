@@ -7,7 +7,7 @@ queries, each then serving ``h / g`` query heads in a row (grouped queries).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,37 @@ def attend(
         scale=scale,
         enable_gqa=shared,
     )
+
+
+def attend_each(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Sequence[int],
+    *,
+    causal: bool,
+    scale: float,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Do the same to sequences that lie one after another and do not see each other.
+
+    Args:
+        query: (b, h, s, d).
+        key: (b, g, s, d).
+        value: (b, g, s, d).
+        lengths: of the sequences, s together.
+        causal: see :func:`attend`.
+        scale: see :func:`attend`.
+        mask: see :func:`attend`; only for one sequence.
+        dropout: see :func:`attend`.
+    """
+    assert mask is None or len(lengths) == 1
+    parts = [
+        attend(q, k, v, causal=causal, scale=scale, mask=mask, dropout=dropout)
+        for q, k, v in zip(*(tensor.split(list(lengths), dim=2) for tensor in (query, key, value)), strict=True)
+    ]
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
 def repeat_heads(tensor: Tensor, heads: int) -> Tensor:

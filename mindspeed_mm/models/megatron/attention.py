@@ -6,10 +6,10 @@ import math
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mindspeed_mm import accelerator
+from mindspeed_mm.distributed.context_parallel import ContextParallel
 from mindspeed_mm.errors import UserError
 
 
@@ -49,6 +49,7 @@ class CoreAttention(nn.Module):
         self.attn_mask_type = attn_mask_type
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.context_parallel = _context_parallel(config, cp_comm_type) if config.context_parallel_size > 1 else None
 
     def forward(
         self,
@@ -82,29 +83,45 @@ class CoreAttention(nn.Module):
         packed = query.dim() == 3
         if packed:
             query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
-        lengths = sequence_lengths(packed_seq_params) or [query.shape[0]]
-        mask = None if attention_mask is None else ~attention_mask.bool()
-        if mask is not None and len(lengths) > 1:
-            raise NotImplementedError("a mask for packed sequences")
-        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        with self._random_state():
-            parts = [
-                accelerator.attend(
-                    q, k, v, causal=causal, scale=self.scale, mask=mask, dropout=self.dropout * self.training
+        lengths = sequence_lengths(packed_seq_params)
+        dropout = self.dropout if self.training else 0.0
+        with self._random_state(dropout):
+            if self.context_parallel is not None:
+                if attention_mask is not None:
+                    raise NotImplementedError("a mask for sequences that ranks share")
+                out = self.context_parallel.attend(
+                    query, key, value, lengths, causal=causal, scale=self.scale, dropout=dropout
                 )
-                for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
-            ]
-        out = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
-        out = out.permute(2, 0, 1, 3).flatten(2)
+            else:
+                mask = None if attention_mask is None else ~attention_mask.bool()
+                query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+                out = accelerator.attend_each(
+                    query,
+                    key,
+                    value,
+                    lengths or query.shape[2:3],
+                    causal=causal,
+                    scale=self.scale,
+                    mask=mask,
+                    dropout=dropout,
+                ).permute(2, 0, 1, 3)
+        out = out.flatten(2)
         return out.squeeze(1) if packed else out
 
-    def _random_state(self) -> Any:
+    def _random_state(self, dropout: float) -> Any:
         """Draw other numbers on each tensor-parallel rank, which has other heads; sequence parallelism does already."""
-        if not (self.dropout and self.training) or self.config.sequence_parallel:
+        if not dropout or self.config.sequence_parallel:
             return nullcontext()
         from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
         return get_cuda_rng_tracker().fork()
+
+
+def _context_parallel(config: Any, kind: str | None) -> ContextParallel:
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_context_parallel_group()
+    return ContextParallel.of(group, kind or config.cp_comm_type, config.hierarchical_context_parallel_sizes)
 
 
 def sequence_lengths(packed_seq_params: Any) -> list[int] | None:
