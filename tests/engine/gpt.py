@@ -292,7 +292,13 @@ def compare(case: Case, ranks: list[list[dict[str, Any]]], limit: float = 1e-5) 
         for rank, steps in enumerate(ranks):
             step = steps[number]
             for key in ("loss", "grad_norm"):
-                assert abs(step[key] - right[key]) <= limit * abs(right[key]), (number, rank, key, step[key], right[key])
+                assert abs(step[key] - right[key]) <= limit * abs(right[key]), (
+                    number,
+                    rank,
+                    key,
+                    step[key],
+                    right[key],
+                )
             for key in ("gradients", "weights"):
                 for name, block, found in step[key]:
                     whole = right[key][name]

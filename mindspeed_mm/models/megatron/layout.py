@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from mindspeed_mm.distributed.piece import Piece
+from mindspeed_mm.models.megatron.lora_layout import adapter_pieces
 
 __all__ = ["Piece", "hf_shapes", "pieces"]
 
@@ -240,12 +241,14 @@ def _decoder_pieces(decoder: Any, hf_prefix: str) -> dict[str, list[Piece]]:
         "output_layer.weight": _head(decoder, embedding),
     }
     found: dict[str, list[Piece]] = {}
-    for name, _ in decoder.named_parameters():
+    for name, parameter in decoder.named_parameters():
         match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
         try:
             if match:
                 number = decoder.decoder.layers[int(match[1])].layer_number - 1  # of the whole model
-                found[name] = at(f"{hf_prefix}.layers.{number}").pieces_of(match[2])
+                linear, _, matrix = match[2].partition(".adapter.")
+                boxes = at(f"{hf_prefix}.layers.{number}").pieces_of(f"{linear}.weight" if matrix else linear)
+                found[name] = adapter_pieces(matrix, boxes, parameter.shape, tensor.rank > 0) if matrix else boxes
             else:
                 found[name] = [outside[name]]
         except KeyError:

@@ -39,7 +39,9 @@ def layers_of_chunks(layers: int, stages: int, chunks: int = 1, written: Any = N
                 f"{chunks} chunk(s): write {_shape(stages, chunks)}."
             )
         if sum(map(sum, counts)) != layers:
-            raise UserError(f"{key} is {written}, {sum(map(sum, counts))} layers in all, but text_decoder has {layers}.")
+            raise UserError(
+                f"{key} is {written}, {sum(map(sum, counts))} layers in all, but text_decoder has {layers}."
+            )
     found: list[list[range]] = [[] for _ in range(stages)]
     begin = 0
     for row in counts:
