@@ -137,6 +137,10 @@ class MegatronEngine:
             if chunk.ddp_config.overlap_grad_reduce:
                 no_sync = [one.no_sync for one in chunks]
                 config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+            if len(chunks) > 1:
+                # In a batch, the two messages between two stages that are each other's next and previous one are
+                # mixed up.
+                config.batch_p2p_comm = False
             if config.overlap_p2p_comm:
                 # Sends that are still running read the memory that this would free.
                 config.deallocate_pipeline_outputs = False

@@ -62,10 +62,14 @@ class Blueprint:
         return [hasattr(layer.mlp, "experts") for layer in self.decoder.layers]
 
     @property
-    def backbone_path(self) -> str | None:
-        """Of the module that puts images into the text; None for a model of text only."""
-        parent = self.decoder_path.rpartition(".")[0]
-        return parent or None
+    def backbone_path(self) -> str:
+        """Of the module that puts images into the text, ``model``; empty for a model of text only."""
+        return self.decoder_path.rpartition(".")[0]
+
+    @property
+    def backbone(self) -> Any:
+        """That module; of a model of text only the whole."""
+        return self.model.get_submodule(self.backbone_path)
 
     @property
     def deepstack(self) -> int:

@@ -72,6 +72,11 @@ def transformer_config(config: ModelConfig, blueprint: Blueprint, *, transformer
     if not transformer_engine:
         _without_engine(values)
     values["pipeline_dtype"] = values["params_dtype"]
+    if "num_moe_experts" in values and shapes["tensor_model_parallel_size"] > 1 and not values.get("sequence_parallel"):
+        raise UserError(
+            f"a mixture of experts with --tensor-model-parallel-size {shapes['tensor_model_parallel_size']} needs "
+            f"--sequence-parallel as well; add the flag."
+        )
     try:
         result = TransformerConfig(**values)
     except (AssertionError, ImportError, ValueError) as error:

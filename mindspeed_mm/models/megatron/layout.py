@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mindspeed_mm.distributed.piece import Piece
 from mindspeed_mm.models.megatron.lora_layout import adapter_pieces
 
-__all__ = ["Piece", "hf_shapes", "pieces"]
+__all__ = ["Piece", "boxes", "hf_shapes", "pieces"]
 
 
 def pieces(model: nn.Module) -> dict[str, list[Piece]]:
@@ -35,10 +35,9 @@ def pieces(model: nn.Module) -> dict[str, list[Piece]]:
     Raises:
         KeyError: a parameter whose counterpart in the Hugging Face model is not known.
     """
-    while not hasattr(model, "text_decoder") and isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module
+    model = _unwrap(model)
     decoder: Any = getattr(model, "text_decoder", model)
-    hf_decoder = "model" if decoder is model else "model.language_model"
+    hf_decoder = "model" if decoder is model else model.blueprint.decoder_path
     names: dict[str, list[Piece]] = {}
     if decoder is not model:
         encoder: Any = getattr(model, "image_encoder", None)
@@ -49,9 +48,24 @@ def pieces(model: nn.Module) -> dict[str, list[Piece]]:
     return names
 
 
+def boxes(*chunks: nn.Module) -> list[tuple[Piece, Tensor]]:
+    """Return what this rank holds: every box with the view of the parameter it is in; for not sharded parameters."""
+    found = []
+    for chunk in chunks:
+        layout, parameters = pieces(chunk), dict(_unwrap(chunk).named_parameters())
+        found += [(piece, piece.view(parameters[name].detach())) for name, parts in layout.items() for piece in parts]
+    return found
+
+
 def hf_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the Hugging Face names and whole shapes of what this rank holds, or parts of it."""
     return {piece.hf_name: piece.global_shape for boxes in pieces(model).values() for piece in boxes}
+
+
+def _unwrap(model: Any) -> Any:
+    while not hasattr(model, "text_decoder") and isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    return model
 
 
 def _whole(module: nn.Module, path: str, hf_name: Any) -> dict[str, list[Piece]]:

@@ -218,7 +218,7 @@ def _family(config: ModelConfig) -> str:
     found = [name for name in _FAMILIES if letters.startswith(name)]
     if not found:
         raise UserError(
-            f"model.json: model_id is '{config.model_id}', which names no family that pretrain_vlm.py can build without "
-            f"a Hugging Face folder: {', '.join(_FAMILIES.values())}. Set init_from_hf_path, or correct model_id."
+            f"model.json: model_id is '{config.model_id}', which is none of the families that can be built without a "
+            f"Hugging Face folder: {', '.join(_FAMILIES.values())}. Set init_from_hf_path, or correct model_id."
         )
     return _FAMILIES[max(found, key=len)]
