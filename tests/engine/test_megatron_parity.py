@@ -22,7 +22,8 @@ TWO_RANKS = {
     "VPP": Case({"pipeline": 2, "virtual": 2}, tied=True),
     # Sends that still run read what the schedule would free: silently wrong, unless the engine forbids that.
     "VPP, overlap": Case(
-        {"pipeline": 2, "virtual": 2}, {"overlap_p2p_comm": True, "deallocate_pipeline_outputs": True, "batch_p2p_comm": False}
+        {"pipeline": 2, "virtual": 2},
+        {"overlap_p2p_comm": True, "deallocate_pipeline_outputs": True, "batch_p2p_comm": False},
     ),
     "DP2": Case(form="per_token"),
     "DP2 sharded": Case(sharded=True, form="triple"),

@@ -54,7 +54,14 @@ TRAINING = Group(
         Flag("--allow-tf32", SWITCH, False, "let float32 matrix products use TF32 or HF32 where the device has it"),
         Flag("--calculate-per-sample-loss", SWITCH, False, "loss: mean over tokens of a sample, then over samples"),
         Flag("--calculate-per-token-loss", SWITCH, False, "loss: mean over all target tokens of the global batch"),
-        Flag("--calculate-token-loss", SWITCH, False, "loss: token mean per micro-batch", fsdp2=_LOSS_NOT_SUPPORTED, megatron=_LOSS_NOT_SUPPORTED),
+        Flag(
+            "--calculate-token-loss",
+            SWITCH,
+            False,
+            "loss: token mean per micro-batch",
+            fsdp2=_LOSS_NOT_SUPPORTED,
+            megatron=_LOSS_NOT_SUPPORTED,
+        ),
         Flag(
             "--calculate-square-loss",
             SWITCH,
