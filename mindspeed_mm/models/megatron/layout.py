@@ -48,12 +48,22 @@ def pieces(model: nn.Module) -> dict[str, list[Piece]]:
     return names
 
 
-def boxes(*chunks: nn.Module) -> list[tuple[Piece, Tensor]]:
-    """Return what this rank holds: every box with the view of the parameter it is in; for not sharded parameters."""
+def boxes(*chunks: nn.Module, adapters: bool = False) -> list[tuple[Piece, Tensor]]:
+    """Return what this rank holds: every box with the view of the parameter it is in; for not sharded parameters.
+
+    Args:
+        *chunks: of this rank.
+        adapters: those of adapters (LoRA), instead of those of the model.
+    """
     found = []
     for chunk in chunks:
         layout, parameters = pieces(chunk), dict(_unwrap(chunk).named_parameters())
-        found += [(piece, piece.view(parameters[name].detach())) for name, parts in layout.items() for piece in parts]
+        found += [
+            (piece, piece.view(parameters[name].detach()))
+            for name, parts in layout.items()
+            if (".adapter." in name) == adapters
+            for piece in parts
+        ]
     return found
 
 

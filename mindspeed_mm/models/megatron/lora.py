@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mindspeed_mm.distributed.meta import seed_of
-from mindspeed_mm.distributed.piece import Piece
 from mindspeed_mm.errors import UserError, did_you_mean
 from mindspeed_mm.extras import import_extra
 from mindspeed_mm.models.lora import ALL_LINEAR, LoraSettings
@@ -113,24 +112,21 @@ def _add(linear: Any, args: tuple[Any, ...], output: tuple[Tensor, Any]) -> tupl
     return out + linear.adapter(args[0]), bias
 
 
-def add_adapters(model: nn.Module, settings: LoraSettings, base: str | None = None) -> list[str]:
+def add_adapters(model: nn.Module, settings: LoraSettings) -> list[str]:
     """Put adapters into a pipeline chunk and freeze all else, in place.
 
-    They have no meaningful values until :func:`initialize_adapters`. ``model.peft_config`` is then peft's
-    configuration, with the layers of this chunk under their Hugging Face paths.
+    They have no meaningful values until :func:`initialize_adapters`.
 
     Args:
         model: ``VLMModel`` or ``GPTModel``, of local layers, not yet wrapped.
         settings: what gets an adapter, and of which size.
-        base: where the weights under the adapters can be read again; None if they cannot.
 
     Returns:
         Lines for the log, about this chunk.
 
     Raises:
-        UserError: peft is missing, or a target is no linear layer of the text decoder.
+        UserError: a target is no linear layer of the text decoder.
     """
-    peft = import_extra("peft", "lora", "--lora-target-modules")
     endings = _endings(settings)
     found: dict[str, Any] = {
         path: module
@@ -145,22 +141,48 @@ def add_adapters(model: nn.Module, settings: LoraSettings, base: str | None = No
     if hasattr(decoder, "embedding") and decoder.config.recompute_granularity == "full":
         # Layers that are recomputed hand no gradient on, not to their parameters either, if no input carries one.
         decoder.embedding.register_forward_hook(_carry_gradient)
-    layers = {piece.hf_name.rpartition(".lora_")[0] for piece in _adapter_pieces(model)}
-    model.peft_config = {
-        "default": peft.LoraConfig(
-            r=settings.r,
-            lora_alpha=settings.alpha,
-            lora_dropout=settings.dropout,
-            target_modules=sorted(layers),
-            base_model_name_or_path=base,
-        )
-    }
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     kinds = " ".join(dict.fromkeys(path.rpartition(".")[2] for path in found))
     return [
         f"LoRA: rank {settings.r}, alpha {settings.alpha}, on {len(found)} layers here: {kinds}",
         f"LoRA: {trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters here are trained",
     ]
+
+
+def peft_config(hf_model: nn.Module, decoder_path: str, settings: LoraSettings, base: str | None = None) -> Any:
+    """Return peft's configuration of the same adapters on the Hugging Face model.
+
+    Args:
+        hf_model: on meta, say.
+        decoder_path: of its text decoder.
+        settings: as for :func:`add_adapters`.
+        base: where the weights under the adapters can be read again; None if they cannot.
+
+    Raises:
+        UserError: peft is missing, or nothing in the model is a target.
+    """
+    peft = import_extra("peft", "lora", "--lora-target-modules")
+    endings = _endings(settings)
+    wanted = {name for name, fused in _FUSED.items() if any(ending.endswith(f".{fused}") for ending in endings)}
+    layers = [
+        path
+        for path, module in hf_model.named_modules()
+        if path.startswith(f"{decoder_path}.layers.")
+        and path.rpartition(".")[2] in wanted
+        and isinstance(module, nn.Linear)
+    ]
+    if not layers:
+        raise UserError(
+            f"--lora-target-modules {' '.join(settings.target_modules)}: the model has experts in these places, which "
+            f"get no adapters in pretrain_vlm.py; use linear_qkv or linear_proj"
+        )
+    return peft.LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=layers,
+        base_model_name_or_path=base,
+    )
 
 
 @torch.no_grad()
@@ -197,7 +219,7 @@ def _endings(settings: LoraSettings) -> tuple[str, ...]:
             f"--lora-apply-modules {' '.join(settings.apply_modules)}: pretrain_vlm.py puts adapters into the "
             f"text_decoder only; use text_decoder or all"
         )
-    words = []
+    words: list[str] = []
     for word in settings.target_modules:
         if word == ALL_LINEAR:
             words += _LINEAR
@@ -225,7 +247,3 @@ def _parts(path: str, linear: Any) -> tuple[int, Sequence[int]]:
 
 def _carry_gradient(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     return output if output.requires_grad or not torch.is_grad_enabled() else output.requires_grad_()
-
-
-def _adapter_pieces(model: nn.Module) -> list[Piece]:
-    return [piece for name, boxes in pieces(model).items() if ".adapter." in name for piece in boxes]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from mindspeed_mm.models.lora import LoraSettings
 from mindspeed_mm.models.lora import add_adapters as add_to_hf
 from mindspeed_mm.models.lora import initialize_adapters as initialize_hf
 from tests.engine.gpt import ADAM, LENGTH, Case, batches, forward_step, gpt_model, hf_blocks, hf_model
+from tests.models import tiny
+from tests.models.megatron import vlm
 from tests.ranks import RankPool
 
 peft = pytest.importorskip("peft")
@@ -138,6 +141,42 @@ def test_training_equals_peft_on_the_hugging_face_model(name: str, request: pyte
                     assert worst <= 1e-5, (number, key, tensor, float(worst))
                     covered[tensor][block] = True
         assert all(part.all() for part in covered.values()), [n for n, p in covered.items() if not p.all()]
+
+
+def write_files(hf_folder: str, folder: Path, sizes: dict[str, int]) -> Tensor:
+    """Give a whole VLM adapters with random B, write peft's files, and return this rank's logits."""
+    from mindspeed_mm.checkpoint.adapters import boxed_adapter_files, written_config
+    from mindspeed_mm.models.megatron.layout import boxes
+    from mindspeed_mm.models.megatron.lora import add_adapters, initialize_adapters, peft_config
+
+    vlm.start(**sizes)
+    model = vlm.build(hf_folder)
+    add_adapters(model, SETTINGS)
+    initialize_adapters(model, 5)
+    held = boxes(model, adapters=True)
+    for piece, view in held:
+        if "lora_B" in piece.hf_name:
+            view.copy_(value_of(piece.hf_name, piece.global_shape)[piece.block])
+    bare = model.blueprint.model
+    config = written_config(peft_config(bare, model.blueprint.decoder_path, SETTINGS, hf_folder), bare)
+    for name, content in boxed_adapter_files(config, held).items():
+        (folder / name).write_bytes(content)
+    logits: Tensor = model(**tiny.tiny_batch("qwen2_5_vl", [1, 1]))["logits"].detach()
+    return logits
+
+
+@pytest.mark.parametrize("sizes", [{}, {"tensor": 2}], ids=["one rank", "TP2"])
+def test_peft_reads_the_files(sizes: dict[str, int], request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    pool: RankPool = request.getfixturevalue("ranks2" if sizes else "ranks1")
+    tiny.save_tiny("qwen2_5_vl", tmp_path / "hf")
+    (tmp_path / "adapter").mkdir()
+    parts = pool.run(write_files, str(tmp_path / "hf"), tmp_path / "adapter", sizes)
+    batch = tiny.tiny_batch("qwen2_5_vl", [1, 1])
+    base = tiny.tiny_model("qwen2_5_vl")
+    before = base(**batch).logits
+    after = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter"))(**batch).logits
+    assert (after - before).abs().max() > 0.1
+    torch.testing.assert_close(torch.cat(parts, dim=-1), after, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
