@@ -172,9 +172,7 @@ def tiny_model(family: str, tie: bool = False, seed: int = 0, layers: int | None
         return getattr(transformers, config.architectures[0])._from_config(config, dtype=torch.float32).train()
 
 
-def save_tiny(
-    family: str, folder: Path | str, tie: bool = False, seed: int = 0, layers: int | None = None
-) -> Path:
+def save_tiny(family: str, folder: Path | str, tie: bool = False, seed: int = 0, layers: int | None = None) -> Path:
     """Write the config and the weights of :func:`tiny_model` as an HF folder, without tokenizer and processor."""
     tiny_model(family, tie, seed, layers).save_pretrained(folder)
     return Path(folder)

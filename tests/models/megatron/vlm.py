@@ -35,13 +35,12 @@ def start(**sizes: int) -> None:
     parallel.seed_stages(1)
 
 
-def build(folder: str | Path, vp_stage: int | None = None, **model_json: Any) -> VLMModel:
-    """Return this rank's chunk with the weights of an HF folder; everything is trained unless model.json freezes it."""
+def build(folder: str | Path, **model_json: Any) -> list[Any]:
+    """Return this rank's chunks with the weights of an HF folder; all is trained unless model.json freezes it."""
     config = ModelConfig.model_validate({"init_from_hf_path": str(folder), "image_encoder": TRAINED, **model_json})
-    first, last = parallel.chunk_is_first(vp_stage), parallel.chunk_is_last(vp_stage)
-    model = VLMModel(config, first, last, vp_stage)
-    load_hf_boxes(model.blueprint.model, folder, boxes(model))
-    return model
+    built: list[Any] = chunks.build_chunks(lambda first, last, index: VLMModel(config, first, last, index))
+    load_hf_boxes(built[0].blueprint.model, folder, boxes(*built))
+    return built
 
 
 def train_step(
@@ -53,7 +52,7 @@ def train_step(
         ``loss``, the mean over micro-batches; ``norm`` of the gradient; ``gradients``, see :func:`gradients`.
     """
     start(**sizes)
-    built = chunks.build_chunks(lambda first, last, index: build(folder, index, **model_json))
+    built = build(folder, **model_json)
     wrapped = chunks.reduce_gradients(built, sharded=False)
     mains = MainParameters(wrapped, sharded=False)
     length = batches[0]["input_ids"].shape[1]
