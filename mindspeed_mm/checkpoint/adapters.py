@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from mindspeed_mm.checkpoint.coordination import rank, run_together
+from mindspeed_mm.checkpoint.hf_boxes import Boxes, Senders
 from mindspeed_mm.checkpoint.python_state import write_flushed
 from mindspeed_mm.checkpoint.tensors import adapted_layers, named_tensors
 from mindspeed_mm.errors import UserError
@@ -35,8 +36,22 @@ _SETTINGS = {
 }
 
 
+def boxed_adapter_files(config: Any, boxes: Boxes) -> dict[str, bytes]:
+    """Return the two files in which peft finds adapters that are spread over ranks: on rank 0, else none.
+
+    Every rank calls this.
+
+    Args:
+        config: peft's configuration, as it is written.
+        boxes: what this rank holds of the adapters.
+    """
+    senders = Senders(boxes)
+    found = {name: senders.gather(name) for name in senders.names}
+    return _files(config, {name: tensor for name, tensor in found.items() if tensor is not None})
+
+
 def adapter_files(model: nn.Module) -> dict[str, bytes]:
-    """Return the two files in which peft finds the adapters of a plain or sharded model: on rank 0, else none.
+    """Return the same for a plain model or one that FSDP2 shards.
 
     Every rank calls this.
     """
@@ -44,13 +59,18 @@ def adapter_files(model: nn.Module) -> dict[str, bytes]:
     for (name, *_), tensor in named_tensors(model, "adapters").items():
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if rank() == 0:
-            tensors[ADAPTER_PREFIX + name_on_disk(name)] = full.cpu().contiguous()
+            tensors[name] = full.cpu().contiguous()
+    return _files(adapter_config(model), tensors)
+
+
+def _files(config: Any, tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
     if rank() != 0:
         return {}
     with TemporaryDirectory() as folder:
-        adapter_config(model).save_pretrained(folder)
-        config = (Path(folder) / ADAPTER_CONFIG).read_bytes()
-    return {ADAPTER_CONFIG: config, ADAPTER_WEIGHTS: save(tensors, metadata={"format": "pt"})}
+        config.save_pretrained(folder)
+        settings = (Path(folder) / ADAPTER_CONFIG).read_bytes()
+    on_disk = {ADAPTER_PREFIX + name_on_disk(name): tensor for name, tensor in tensors.items()}
+    return {ADAPTER_CONFIG: settings, ADAPTER_WEIGHTS: save(on_disk, metadata={"format": "pt"})}
 
 
 def export_adapter(model: nn.Module, folder: str | Path) -> Path:
@@ -83,7 +103,12 @@ def adapter_config(model: nn.Module) -> Any:
     configs = getattr(model, "peft_config", None)
     if not configs or not adapted_layers(model):
         return None
-    config = copy.copy(configs[ADAPTER_NAME])
+    return written_config(configs[ADAPTER_NAME], model)
+
+
+def written_config(config: Any, model: nn.Module) -> Any:
+    """Return peft's configuration of adapters for ``model`` as it is written."""
+    config = copy.copy(config)
     config.inference_mode = True
     config.target_modules = sorted(config.target_modules)  # a set has another order in every process
     if hasattr(model, "config"):

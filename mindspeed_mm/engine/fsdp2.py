@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
+from mindspeed_mm import accelerator
 from mindspeed_mm.distributed.grad_norm import clip_by_norm, scale_gradients, total_grad_norm
 from mindspeed_mm.distributed.phases import phase
 from mindspeed_mm.distributed.state import host_group
 from mindspeed_mm.engine.base import ForwardStep, Listener, Report, StepResult
-from mindspeed_mm.engine.loss_result import LossResult, at_least_one, read_loss
+from mindspeed_mm.engine.loss_result import LossResult, at_least_one, one_if_finite, read_forward, read_loss
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.optimizer.skipping import step_if_finite
 
@@ -65,6 +66,15 @@ class FSDP2Engine:
         ranks = dist.get_process_group_ranks(group)
         self._host_group = host_group("replicated", ranks) if self.replicated else None
 
+    @property
+    def parameter_count(self) -> int:
+        """The parameters of the whole model."""
+        return sum(p.numel() for p in self.module.parameters())
+
+    def seed(self, seed: int) -> None:
+        """Start the random streams of training."""
+        accelerator.seed_all(seed)
+
     def forward_backward(
         self,
         forward_step: ForwardStep,
@@ -87,7 +97,7 @@ class FSDP2Engine:
                 for listener in self.listeners:
                     listener.loss(loss, result.num_tokens)
                 with phase("backward"):
-                    loss.backward(_one_if_finite(loss))
+                    loss.backward(one_if_finite(loss))
             reports.append(result.report)
         if not forward_only:
             self._reduce_replicated()
@@ -111,10 +121,7 @@ class FSDP2Engine:
         return StepResult(norm)
 
     def _forward(self, forward_step: ForwardStep, data_iterator: Iterator[Any] | None) -> LossResult:
-        pair = forward_step(data_iterator, self.module)
-        if not (isinstance(pair, tuple) and len(pair) == 2 and callable(pair[1])):
-            raise UserError(f"forward_step returned a {type(pair).__name__}: it must return '(output, loss_func)'.")
-        output, loss_func = pair
+        output, loss_func = read_forward(forward_step(data_iterator, self.module))
         return read_loss(loss_func(output), per_token_loss=self.per_token_loss)
 
     def _to_optimise(self, result: LossResult, num_microbatches: int) -> Tensor:
@@ -165,11 +172,6 @@ class FSDP2Engine:
         factor = 1 / at_least_one(total)
         scale_gradients(self.parameters, factor)
         return factor
-
-
-def _one_if_finite(loss: Tensor) -> Tensor:
-    """Return the gradient to start from: NaN for a loss that is not finite, so that no rank updates its weights."""
-    return loss.detach() * 0 + 1
 
 
 def _outermost(module: nn.Module) -> list[FSDPModule]:

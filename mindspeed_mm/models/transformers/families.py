@@ -69,6 +69,15 @@ _QWEN_OR_GLM = Family(
     dummy_image=_patches,
 )
 
+_TOWER_AND_PROJECTOR = Family(
+    components={
+        "vision_encoder": ("model.vision_tower",),
+        "vision_projector": ("model.multi_modal_projector",),
+        "text_decoder": _LANGUAGE,
+    },
+    dummy_image=_picture,
+)
+
 # By HF model_type. Add an entry from a plugin for a family of your own.
 FAMILIES: dict[str, Family] = {
     "qwen2_vl": _QWEN_OR_GLM,
@@ -77,14 +86,8 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl_moe": _QWEN_OR_GLM,
     "glm4v": _QWEN_OR_GLM,
     "glm4v_moe": _QWEN_OR_GLM,
-    "internvl": Family(
-        components={
-            "vision_encoder": ("model.vision_tower",),
-            "vision_projector": ("model.multi_modal_projector",),
-            "text_decoder": _LANGUAGE,
-        },
-        dummy_image=_picture,
-    ),
+    "internvl": _TOWER_AND_PROJECTOR,
+    "llava": _TOWER_AND_PROJECTOR,
 }
 
 _TEXT_ONLY = Family(components={"text_decoder": ("",)})
