@@ -21,6 +21,11 @@ def layout_contradictions(args: Namespace) -> Iterator[str]:
         )
     if chunks == 1:
         yield "--virtual-pipeline-model-parallel-size 1: one chunk is not interleaved; use 2 or more, or remove it"
+    if chunks is not None and args.eval_iters == -1:
+        yield (
+            "--eval-iters -1 takes micro-batches one by one, which --virtual-pipeline-model-parallel-size cannot; give "
+            "the number of global batches"
+        )
     if args.overlap_p2p_communication and chunks is None:
         yield "--overlap-p2p-communication needs --virtual-pipeline-model-parallel-size; add it, or remove this one"
     if args.overlap_param_gather and not (args.use_distributed_optimizer and args.overlap_grad_reduce):

@@ -184,6 +184,11 @@ def data_parallel_group() -> dist.ProcessGroup:
     return parallel.replica_group()
 
 
+def loader_group() -> dist.ProcessGroup:
+    """Return the ranks that read different samples: the data-parallel group without context-parallel ranks."""
+    return parallel.loader_group()
+
+
 def is_last_rank() -> bool:
     """Return whether this is the rank that prints the training log, as in Megatron."""
     return not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
+from mindspeed_mm import accelerator
 from mindspeed_mm.distributed.grad_norm import clip_by_norm, scale_gradients, total_grad_norm
 from mindspeed_mm.distributed.phases import phase
 from mindspeed_mm.distributed.state import host_group
@@ -63,6 +64,15 @@ class FSDP2Engine:
         # What only the hosts know is agreed between hosts, so that they do not wait for their devices.
         ranks = dist.get_process_group_ranks(group)
         self._host_group = host_group("replicated", ranks) if self.replicated else None
+
+    @property
+    def parameter_count(self) -> int:
+        """The parameters of the whole model."""
+        return sum(p.numel() for p in self.module.parameters())
+
+    def seed(self, seed: int) -> None:
+        """Start the random streams of training."""
+        accelerator.seed_all(seed)
 
     def forward_backward(
         self,

@@ -36,6 +36,8 @@ class MegatronEngine:
         chunks: of this stage, in order.
         mains: their main parameters, which ``optimizer`` is over.
         optimizer: of torch.
+        group_names: of the parameters of each of its groups, those of other stages included; for checkpoints.
+        parameter_count: of the whole model; default this rank's.
         clip_grad: largest gradient norm; 0 leaves the gradients alone.
         sequence_length: of the hidden states, where they all have one length.
         micro_batch_size: samples of a micro-batch.
@@ -49,6 +51,8 @@ class MegatronEngine:
         mains: MainParameters,
         optimizer: Optimizer,
         *,
+        group_names: Sequence[Sequence[str]] = (),
+        parameter_count: int | None = None,
         clip_grad: float,
         sequence_length: int,
         micro_batch_size: int,
@@ -59,6 +63,9 @@ class MegatronEngine:
         self.module = nn.ModuleList(chunks)
         self.mains = mains
         self.optimizer = optimizer
+        self.group_names = group_names or [[main.name for main in mains.all]]
+        own = sum(p.numel() for p in self.module.parameters())
+        self.parameter_count = own if parameter_count is None else parameter_count
         self.clip_grad = clip_grad
         self.sequence_length = sequence_length
         self.micro_batch_size = micro_batch_size
@@ -67,6 +74,10 @@ class MegatronEngine:
         self._schedule = get_forward_backward_func()
         self._context = parallel.sizes().context
         self._connect()
+
+    def seed(self, seed: int) -> None:
+        """Start the random streams of training; ranks that split a layer draw alike outside of what they split."""
+        parallel.seed_stages(seed)
 
     def forward_backward(
         self,

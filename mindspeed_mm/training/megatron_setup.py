@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 
 from mindspeed_mm import accelerator
 from mindspeed_mm.distributed import chunks, parallel, state
+from mindspeed_mm.distributed.frozen import freeze
 from mindspeed_mm.distributed.main_parameters import MainParameters, is_expert, named_globally
 from mindspeed_mm.engine.megatron import MegatronEngine
 from mindspeed_mm.errors import UserError
@@ -28,6 +31,8 @@ def build_engine(args: Namespace, provider: Callable[..., Any]) -> tuple[Megatro
     state.print_rank_0(accelerator.prepare_megatron_layers())
     parallel.seed_stages(args.seed)
     bare = chunks.build_chunks(lambda first, last, stage: _checked(call_model_provider(provider, first, last, stage)))
+    if args.mm_model:
+        _freeze(bare, args.mm.model.get("freeze", []))
     device = accelerator.device()
     wrapped = chunks.reduce_gradients(
         [chunk.to(device) for chunk in bare],
@@ -37,21 +42,52 @@ def build_engine(args: Namespace, provider: Callable[..., Any]) -> tuple[Megatro
     )
     mains = MainParameters(wrapped, sharded=args.use_distributed_optimizer)
     whole = _whole_model(wrapped)
-    state.print_rank_0(f" > number of parameters: {sum(p.numel() for p in whole.values()):,}")
+    count = sum(p.numel() for p in whole.values())
+    state.print_rank_0(f" > number of parameters: {count:,}")
     groups = parameter_groups(args, [(name, p) for name, p in whole.items() if p.requires_grad])
-    for group in groups:
-        names = set(group.names)
-        group.parameters = [main.value for main in mains.all if main.name in names]
+    own = [replace(g, parameters=[main.value for main in mains.all if main.name in set(g.names)]) for g in groups]
     engine = MegatronEngine(
         wrapped,
         mains,
-        optimizer_from(args, groups),
+        optimizer_from(args, own),
+        parameter_count=count,
+        group_names=[group.names for group in groups],
         clip_grad=args.clip_grad,
         sequence_length=args.seq_length or 1,
         micro_batch_size=args.micro_batch_size,
         per_token_loss=args.calculate_per_token_loss,
     )
     return engine, groups
+
+
+def _freeze(bare: Sequence[nn.Module], patterns: Sequence[str]) -> None:
+    """Freeze what the patterns of model.json name; each has to match on some stage."""
+    if not patterns:
+        return
+    pipeline = parallel.sizes().pipeline
+    for pattern in patterns:
+        if pipeline > 1 and re.search(r"\d", pattern):
+            raise UserError(
+                f"model.json: freeze: '{pattern}' numbers layers, which --pipeline-model-parallel-size {pipeline} "
+                "numbers anew in every stage; use {*}, or set it to 1."
+            )
+    mistakes: list[str] = []
+    for pattern in patterns:
+        found = [error for chunk in bare if (error := _mistake(chunk, pattern))]
+        mistakes.append("" if len(found) < len(bare) else found[0])
+    everybody: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, mistakes)
+    for of_pattern in zip(*everybody, strict=True):
+        if all(of_pattern):
+            raise UserError(of_pattern[0])
+
+
+def _mistake(chunk: nn.Module, pattern: str) -> str | None:
+    try:
+        freeze(chunk, [pattern])
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _checked(model: nn.Module) -> nn.Module:

@@ -14,13 +14,32 @@ from mindspeed_mm.distributed import state
 from mindspeed_mm.distributed.frozen import freeze
 from mindspeed_mm.distributed.fsdp2 import ShardPlan, prepare_model
 from mindspeed_mm.distributed.meta import materialize, meta_init, module_init
+from mindspeed_mm.engine.fsdp2 import FSDP2Engine
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.lora import LoraSettings, add_adapters, initialize_adapters
 from mindspeed_mm.models.transformers.families import family_of
 from mindspeed_mm.models.transformers.freeze import frozen_line
 from mindspeed_mm.models.transformers_model import TransformersModel
+from mindspeed_mm.optimizer import ParameterGroup, muon_matrices
 from mindspeed_mm.training.callbacks import call_model_provider
 from mindspeed_mm.training.checkpointing import base_folder, hf_model
+from mindspeed_mm.training.optimizer_setup import optimizer_from, parameter_groups
+
+
+def build_engine(args: Namespace, provider: Callable[..., Any]) -> tuple[FSDP2Engine, list[ParameterGroup]]:
+    """Return the engine over the sharded model, and the groups of its parameters."""
+    model, plan = build_model(args, provider)
+    muon = muon_matrices(model) if args.optimizer == "muon" else ()
+    groups = parameter_groups(args, model.named_parameters(), muon)
+    engine = FSDP2Engine(
+        model,
+        optimizer_from(args, groups),
+        group=state.data_parallel_group(),
+        clip_grad=args.clip_grad,
+        per_token_loss=args.calculate_per_token_loss,
+        replicated=[parameter for _, parameter in plan.ignored],
+    )
+    return engine, groups
 
 
 def build_model(args: Namespace, provider: Callable[..., Any]) -> tuple[nn.Module, ShardPlan]:

@@ -1,4 +1,4 @@
-"""A megatron-core GPTModel with the weights of a tiny ``Qwen3ForCausalLM``, and that model as the oracle of its training.
+"""A megatron-core GPTModel with the weights of a tiny ``Qwen3ForCausalLM``, and that model as the oracle.
 
 Weights, gradients and updated weights are compared under Hugging Face names, through the product's layout table; the
 oracle itself is Hugging Face's model and torch's AdamW in one process.
