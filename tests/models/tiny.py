@@ -160,17 +160,21 @@ def tiny_config(family: str, tie: bool = False) -> Any:
     return config
 
 
-def tiny_model(family: str, tie: bool = False, seed: int = 0) -> Any:
-    """Return the unmodified HF model in fp32, in training mode, with random weights."""
+def tiny_model(family: str, tie: bool = False, seed: int = 0, layers: int | None = None) -> Any:
+    """Return the unmodified HF model in fp32, in training mode, with random weights; ``layers`` of the text decoder."""
     config = tiny_config(family, tie)
+    if layers:
+        config.get_text_config().num_hidden_layers = layers
+        if getattr(config.get_text_config(), "layer_types", None):
+            config.get_text_config().layer_types = ["full_attention"] * layers
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return getattr(transformers, config.architectures[0])._from_config(config, dtype=torch.float32).train()
 
 
-def save_tiny(family: str, folder: Path | str, tie: bool = False, seed: int = 0) -> Path:
+def save_tiny(family: str, folder: Path | str, tie: bool = False, seed: int = 0, layers: int | None = None) -> Path:
     """Write the config and the weights of :func:`tiny_model` as an HF folder, without tokenizer and processor."""
-    tiny_model(family, tie, seed).save_pretrained(folder)
+    tiny_model(family, tie, seed, layers).save_pretrained(folder)
     return Path(folder)
 
 

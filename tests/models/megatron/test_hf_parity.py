@@ -53,7 +53,7 @@ def wide_image(family: str) -> dict[str, Tensor]:
 def compare(family: str, folder: str, tie: bool, model_json: dict[str, Any]) -> dict[str, tuple[float, str]]:
     """Run all batches and return the largest deviations."""
     vlm.start()
-    model = vlm.build(folder, **model_json)
+    (model,) = vlm.build(folder, **model_json)
     found = {}
     for kind, batch in batches(family).items():
         loss, logits, grads = vlm.oracle(family, batch, tie)
@@ -76,7 +76,7 @@ def test_same_numbers(ranks1: RankPool, tmp_path: Path, family: str, tie: bool) 
 
 def compare_loss(folder: str, loss_cfg: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
     vlm.start()
-    model = vlm.build(folder, loss_cfg=loss_cfg)
+    (model,) = vlm.build(folder, loss_cfg=loss_cfg)
     output = model(**padded(tiny.tiny_batch("qwen2_5_vl", [1, 1], seed=3)))
     output["loss_dict"]["loss"].backward()
     weight = model.text_decoder.output_layer.weight.grad
