@@ -15,7 +15,7 @@ from mindspeed_mm.checkpoint import manifest
 from mindspeed_mm.checkpoint.convert import model_skeleton
 from mindspeed_mm.checkpoint.hf_folder import open_weights
 from mindspeed_mm.checkpoint.hf_layout import plan_import
-from mindspeed_mm.checkpoint.publish import find, is_checkpoint
+from mindspeed_mm.checkpoint.publish import find, is_hf_folder
 from mindspeed_mm.checkpoint.store import MODEL
 from mindspeed_mm.checkpoint.tensor_files import read_metadata, read_tensors
 from mindspeed_mm.checkpoint.tensors import named_tensors
@@ -60,7 +60,7 @@ def open_tensors(folder: Path) -> Iterator[tuple[Path, dict[str, Entry], bool]]:
         UserError: the folder holds none of these.
     """
     with ExitStack() as stack:
-        if (folder / "config.json").is_file() and not is_checkpoint(folder):
+        if is_hf_folder(folder):
             bare = model_skeleton(folder)
             stored = stack.enter_context(open_weights(folder))
             first_name = {name: names[0] for names in named_tensors(bare) for name in names}

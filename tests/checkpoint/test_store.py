@@ -88,7 +88,7 @@ def test_find_says_what_is_there(tmp_path: Path) -> None:
     assert "no such folder" in message(tmp_path / "nowhere")
     assert "The folder is empty" in message(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    assert "init_from_hf_path" in message(tmp_path)
+    assert "without --ckpt-step" in message(tmp_path)
 
     runs = tmp_path / "runs"
     small.save_after(runs / "a", 1)
