@@ -8,7 +8,7 @@
     iter_0000100/manifest.json                           checksums of these files, digests of the tensors
 
 Tensors are resharded when the world size changes; a rank's own state is only given back to the same world size.
-Nothing but DCP's ``.metadata`` index is a pickle that could run code.
+Reading them runs no code, whoever wrote them.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from mindspeed_mm.checkpoint.run_state import RunState, Selection, run_state
 from mindspeed_mm.checkpoint.tensor_files import (
     DigestingPlanner,
     changed_tensors,
-    read_metadata,
     read_tensors,
     write_tensors,
 )
+from mindspeed_mm.checkpoint.tensor_index import read_index
 from mindspeed_mm.checkpoint.tensors import listing
 from mindspeed_mm.errors import UserError
 
@@ -222,7 +222,7 @@ def load(
 
     def prepare() -> tuple[dict[str, Any], dict[str, torch.Tensor], list[str]]:
         notes.extend(check(path) if check else [])
-        metadata = read_metadata(path)
+        metadata = read_index(path)
         saved = _weights(metadata)
         tensors, problems = _match(_wanted(run, saved), saved, run.weight_names())
         if problems and strict:
@@ -271,7 +271,7 @@ def load_base(
     run = run_state(model, None)
 
     def prepare() -> tuple[dict[str, torch.Tensor], list[str]]:
-        tensors, problems = _match(run.weights("base"), _weights(read_metadata(path)), run.weight_names())
+        tensors, problems = _match(run.weights("base"), _weights(read_index(path)), run.weight_names())
         if problems and strict:
             raise UserError("\n".join([f"--load-base-model {path} does not fit the model.", *problems, _STRICT_HINT]))
         return tensors, problems

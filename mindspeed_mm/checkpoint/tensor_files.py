@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.planner import ReadItem, WriteItem
 
-from mindspeed_mm.checkpoint.coordination import condense, gather
+from mindspeed_mm.checkpoint.coordination import gather
 from mindspeed_mm.checkpoint.digest import add, digest, times
+from mindspeed_mm.checkpoint.tensor_index import read_index
 from mindspeed_mm.checkpoint.tensors import local_blocks
 from mindspeed_mm.errors import UserError
 
@@ -40,18 +42,33 @@ class DigestingPlanner(dcp.DefaultSavePlanner):
         return data
 
 
-def read_metadata(path: Path) -> Metadata:
-    """Return the index of a checkpoint's tensors.
+class TensorReader(dcp.FileSystemReader):
+    """Reads tensors of a folder, and never anything else: other values lie there as pickles.
+
+    Attributes:
+        metadata: the index, read once.
 
     Raises:
         UserError: the index is damaged.
     """
-    try:
-        return dcp.FileSystemReader(path).read_metadata()
-    except Exception as error:
-        raise UserError(
-            f"cannot read {path / '.metadata'}: {condense(error)}; pass --ckpt-step for another checkpoint"
-        ) from error
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.metadata = read_index(folder)
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the index."""
+        return self.metadata
+
+    def read(self, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None = None) -> None:
+        """Fill ``tensors`` in place, casting to their dtypes."""
+        with _one_process_is_fine():
+            dcp.load(tensors, storage_reader=self, planner=_TensorPlanner(), process_group=group)
+
+
+class _TensorPlanner(dcp.DefaultLoadPlanner):
+    def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
+        raise UserError(f"{read_item.dest_index.fqn} is a pickled object where a tensor belongs; it may run code")
 
 
 def write_tensors(
@@ -69,8 +86,7 @@ def write_tensors(
 
 def read_tensors(tensors: dict[str, torch.Tensor], folder: Path, group: dist.ProcessGroup | None = None) -> None:
     """Fill ``tensors`` in place from the checkpoint in ``folder``, casting to their dtypes."""
-    with _one_process_is_fine():
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), process_group=group)
+    TensorReader(folder).read(tensors, group)
 
 
 def changed_tensors(

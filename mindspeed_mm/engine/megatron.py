@@ -17,7 +17,7 @@ from mindspeed_mm.distributed import parallel
 from mindspeed_mm.distributed.grad_norm import clip_by_norm, scale_gradients
 from mindspeed_mm.distributed.main_parameters import MainParameters
 from mindspeed_mm.distributed.phases import phase
-from mindspeed_mm.engine.base import ForwardStep, Report, StepResult
+from mindspeed_mm.engine.base import ForwardStep, Listener, Report, StepResult
 from mindspeed_mm.engine.loss_result import LossResult, at_least_one, one_if_finite, read_forward, read_loss
 from mindspeed_mm.engine.pipeline_reports import share_reports
 from mindspeed_mm.errors import UserError
@@ -63,6 +63,7 @@ class MegatronEngine:
         self.module = nn.ModuleList(chunks)
         self.mains = mains
         self.optimizer = optimizer
+        self.listeners: list[Listener] = []
         self.group_names = group_names or [[main.name for main in mains.all]]
         own = sum(p.numel() for p in self.module.parameters())
         self.parameter_count = own if parameter_count is None else parameter_count

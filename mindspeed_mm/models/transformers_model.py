@@ -207,11 +207,14 @@ def _from_pretrained(model_cls: Any, folder: str, hf_config: Any, config: Any, o
     logging.disable_progress_bar()  # one for each rank, and unreadable in a log file
     share_weight_layout(model_cls)
     try:
-        model, report = model_cls.from_pretrained(folder, config=hf_config, output_loading_info=True, **options)
+        model, report = model_cls.from_pretrained(
+            folder, config=hf_config, output_loading_info=True, use_safetensors=True, **options
+        )
     except OSError as error:
         raise UserError(
-            f"model.json: init_from_hf_path: '{folder}' has no weights that can be read: {error} "
-            f"Set random_init: true to train from random weights."
+            f"model.json: init_from_hf_path: '{folder}' has no weights that can be read: {error} Only safetensors "
+            "files are: pytorch_model.bin is a pickle, which may run code. Set random_init: true to train from random "
+            "weights."
         ) from error
     wrong = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "mismatched_keys", "unexpected_keys")}
     lines = [f"{kind.replace('_', ' ')}: {_shorten(names)}" for kind, names in wrong.items() if names]

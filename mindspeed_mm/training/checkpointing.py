@@ -9,20 +9,22 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from mindspeed_mm import accelerator
 from mindspeed_mm.checkpoint import store
 from mindspeed_mm.checkpoint.adapters import adapter_config, adapter_files, check_adapters, write_adapter
 from mindspeed_mm.checkpoint.background import HostCopy
-from mindspeed_mm.checkpoint.coordination import rank, run_together
+from mindspeed_mm.checkpoint.coordination import gather, rank, run_together
 from mindspeed_mm.checkpoint.hf_export import export_hf
 from mindspeed_mm.checkpoint.hf_import import load_hf_weights
-from mindspeed_mm.checkpoint.publish import TRACKER, clean_up
+from mindspeed_mm.checkpoint.publish import TRACKER, clean_up, is_hf_folder
 from mindspeed_mm.checkpoint.retention import Retention
 from mindspeed_mm.checkpoint.run_state import ModuleState, RunState
 from mindspeed_mm.checkpoint.tensors import clean_name
 from mindspeed_mm.distributed.main_parameters import unwrap
 from mindspeed_mm.distributed.state import print_rank_0, warn_rank_0
+from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.transformers_model import TransformersModel
 from mindspeed_mm.optimizer.schedule import Schedule
 from mindspeed_mm.training.saving import Saver
@@ -85,9 +87,14 @@ class Checkpointer:
         """Return the files of the adapters, on rank 0. A collective."""
         return adapter_files(hf_model(self.model))
 
-    def load_hf(self, folder: str, base: bool = False) -> list[str]:
-        """Read the weights of a Hugging Face folder, ``base`` those under adapters; return what did not match."""
-        model = hf_model(self.model) if base else self.model.model
+    def read_hf(self, folder: str) -> list[str]:
+        """Read the weights of a Hugging Face folder, also those under adapters; return what did not match."""
+        model = hf_model(self.model)
+        if not isinstance(model, PreTrainedModel):
+            raise UserError(
+                f"{folder} is a Hugging Face folder, and the model of this run is no Hugging Face model; pass a "
+                "checkpoint, or read the folder where the model is built."
+            )
         return load_hf_weights(model, folder, strict=self.args.load_strict)
 
     def weights_source(self) -> Any:
@@ -107,6 +114,8 @@ class Checkpointer:
     def load(self) -> tuple[int, int]:
         """Load the newest checkpoint under ``--auto-resume``, else what ``--load`` names, else initial weights.
 
+        ``--load`` may name a Hugging Face folder, whose weights take the place of the initial ones.
+
         Returns:
             The iteration and the number of consumed training samples to continue from.
 
@@ -118,6 +127,9 @@ class Checkpointer:
             run_together(f"cleaning {args.save}", lambda: clean_up(Path(args.save)) if rank() == 0 else None)
         resumes = args.auto_resume and args.save is not None and (Path(args.save) / TRACKER).is_file()
         folder = args.save if resumes else args.load
+        if folder and not self._adapters and args.ckpt_step is None and gather(is_hf_folder(folder))[0]:
+            self._load_hf(folder)
+            return 0, 0
         if folder is None or self._adapters:
             self._load_initial_weights()
         if folder is None:
@@ -181,18 +193,18 @@ class Checkpointer:
         return f"resume from iteration {iteration}: --load {self.newest.parent}"
 
     def _load_initial_weights(self) -> None:
-        source, base = self.weights_source(), self.args.load_base_model
-        if base is not None:
+        base = self.args.load_base_model
+        if base is not None and not is_hf_folder(base):
             print_rank_0(f" loading the weights under the adapters from {base}")
-            if (Path(base) / "config.json").is_file():
-                warnings = self.load_hf(base, base=True)
-            else:
-                warnings = store.load_base(base, model=self.state, strict=self.args.load_strict)
-            for warning in warnings:
+            for warning in store.load_base(base, model=self.state, strict=self.args.load_strict):
                 warn_rank_0(warning)
-        elif source is not None:
-            print_rank_0(f" loading weights from {source}")
-            self.load_hf(source)
+        elif folder := base or self.weights_source():
+            self._load_hf(folder)
+
+    def _load_hf(self, folder: str) -> None:
+        print_rank_0(f" loading weights from {folder}")
+        for warning in self.read_hf(folder):
+            warn_rank_0(warning)
 
     def restore_iterators(self, iterators: Mapping[str, Any]) -> None:
         """Put the data iterators where the checkpoint left them.

@@ -51,7 +51,7 @@ class MegatronCheckpointer(Checkpointer):
         self.engine.mains.publish()
         return boxed_adapter_files(self._adapters, boxes(*self.engine.module, adapters=True))
 
-    def load_hf(self, folder: str, base: bool = False) -> list[str]:
+    def read_hf(self, folder: str) -> list[str]:
         """Read the weights of a Hugging Face folder into this rank's parts."""
         warnings = load_hf_boxes(
             self._blueprint("--load").model, folder, boxes(*self.engine.module), strict=self.args.load_strict

@@ -17,6 +17,7 @@ from tests.training.job import Job
 def batches(job: Job, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Return the samples of the job's first step in two micro-batches, as its own loader makes them."""
     from mindspeed_mm.data import build_mm_dataset
+    from mindspeed_mm.data.collators import PaddingCollator
 
     monkeypatch.chdir(job.folder)
     job.command()

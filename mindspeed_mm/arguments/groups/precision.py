@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mindspeed_mm.arguments.flag import PATH, SWITCH, TEXT, Flag, Group, one_of
+from mindspeed_mm.arguments.flag import PATH, SWITCH, TEXT, Flag, Group, Refused, one_of
 
 PRECISION = Group(
     "precision alignment",
