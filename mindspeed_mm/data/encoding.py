@@ -154,7 +154,8 @@ class ConversationEncoder:
         answer = (sample.pop("labels") != IGNORE_INDEX).nonzero().flatten()
         start = int(answer[0])
         tokens = sample["input_ids"][answer]
-        return {key: v[None, :start] if v.ndim == 1 else v for key, v in sample.items()}, tokens
+        length = len(sample["input_ids"])
+        return {key: v[None, :start] if v.shape == (length,) else v for key, v in sample.items()}, tokens
 
     def _tokenize(
         self, prompt: Prompt, pictures: list[Any], clips: Sequence[tuple[Any, Any]] = ()
@@ -165,7 +166,8 @@ class ConversationEncoder:
         special = (self._takes_images or prompt.is_document) and not (bos is not None and prompt.text.startswith(bos))
         kwargs: dict[str, Any] = {"return_offsets_mapping": True, "add_special_tokens": special}
         if pictures:
-            kwargs.update(images=pictures, return_text_replacement_offsets=True, **self._image_options)
+            kwargs.update(images=pictures, return_text_replacement_offsets=True)
+            kwargs["images_kwargs"] = {**self._image_options, "return_tensors": "pt"}
         if clips:
             frames, metadata = zip(*clips, strict=True)
             kwargs.update(videos=list(frames), video_metadata=list(metadata), do_sample_frames=False)
@@ -211,7 +213,7 @@ class ConversationEncoder:
         if not self._warned:
             self._warned = True
             logger.warning("%s: %s: its end is cut off. Further cuts are not reported.", where, problem)
-        return {k: v[:limit] if v.ndim == 1 else v for k, v in sample.items()}
+        return {k: v[:limit] if v.shape == (length,) else v for k, v in sample.items()}
 
 
 def _moved(span: tuple[int, int], replaced: list[dict[str, Any]]) -> tuple[int, int]:
