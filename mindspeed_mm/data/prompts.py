@@ -112,7 +112,7 @@ class ChatRenderer:
 
     def _mark(self, kind: str) -> str:
         """Return what the template writes for an image, a video or audio; nothing if it takes none."""
-        if not hasattr(self._processor, "image_processor"):
+        if self._processor is self._tokenizer:
             return ""
         before = [
             self._render([{"role": "user", "content": [*parts, {"type": "text", "text": _QUESTION}]}])

@@ -162,7 +162,7 @@ def test_what_is_wrong_with_a_video(clip, folder, processor_folder, tmp_path, mo
     without = ConversationEncoder(EncodingOptions(str(processor_folder("internvl"))))
     with pytest.raises(BadSample, match=r"has videos but the processor in .* takes none; install torchvision"):
         without.encode({"messages": turns, "videos": [clip]}, "row")
-    with pytest.raises(BadSample, match=r"the row has audio, which is not available"):
+    with pytest.raises(BadSample, match=r"the row has audio but the model in .* takes none"):
         encoder.encode({"messages": turns, "audios": ["a.wav"]}, "row")
     monkeypatch.setitem(sys.modules, "av", None)
     (tmp_path / "a.mp4").write_bytes(b"")

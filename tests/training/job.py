@@ -36,6 +36,7 @@ _TOKENS = {
     "qwen3_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
     "internvl": {"image_token_id": "<IMG_CONTEXT>"},
+    "qwen2_audio": {"audio_token_index": "<|AUDIO|>"},
 }
 
 
