@@ -136,6 +136,16 @@ def _glm4v_moe(tie: bool) -> Any:
     )
 
 
+def _qwen2_audio(tie: bool) -> Any:
+    audio = dict(d_model=32, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=64, num_mel_bins=8)
+    return transformers.Qwen2AudioConfig(
+        text_config=transformers.Qwen2Config(**_TEXT, tie_word_embeddings=tie),
+        audio_config=dict(audio, model_type="qwen2_audio_encoder", max_source_positions=50),
+        audio_token_index=IMAGE_TOKEN,
+        tie_word_embeddings=tie,
+    )
+
+
 def _qwen3(tie: bool) -> Any:
     return transformers.Qwen3Config(**_TEXT, head_dim=8, tie_word_embeddings=tie)
 
@@ -147,6 +157,7 @@ _CONFIGS = {
     "internvl": (_internvl, "InternVLForConditionalGeneration"),
     "glm4v": (_glm4v, "Glm4vForConditionalGeneration"),
     "glm4v_moe": (_glm4v_moe, "Glm4vMoeForConditionalGeneration"),
+    "qwen2_audio": (_qwen2_audio, "Qwen2AudioForConditionalGeneration"),
     "qwen3": (_qwen3, "Qwen3ForCausalLM"),
     "llava": (_llava, "LlavaForConditionalGeneration"),
 }

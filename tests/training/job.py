@@ -26,14 +26,17 @@ _LAUNCHER_LINE = re.compile(r"^[EWI]\d{4} \S+ \d+ \S*torch/distributed/", re.MUL
 _ERROR_LINE = re.compile(r"^error( \(rank \d+\))?:", re.MULTILINE)
 
 
+_QWEN = {
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+}
 _TOKENS = {
-    "qwen3_vl": {
-        "image_token_id": "<|image_pad|>",
-        "video_token_id": "<|video_pad|>",
-        "vision_start_token_id": "<|vision_start|>",
-        "vision_end_token_id": "<|vision_end|>",
-    },
+    "qwen3_vl": _QWEN,
+    "qwen2_5_vl": _QWEN,
     "internvl": {"image_token_id": "<IMG_CONTEXT>"},
+    "qwen2_audio": {"audio_token_index": "<|AUDIO|>"},
 }
 
 
