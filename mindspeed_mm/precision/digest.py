@@ -15,7 +15,7 @@ from mindspeed_mm import accelerator
 from mindspeed_mm.precision.sketch import SIZE
 
 WIDTH = SIZE + 5
-"""Numbers of a digest: the sketch's vector, total, square sum, maximum, minimum, slices that are not finite."""
+"""Numbers of a digest: the sketch's vector, total, square sum, maximum, minimum, pieces that are not finite."""
 
 _BLOCK = 1 << 22  # elements: a 16-bit tensor is widened a piece at a time
 _NARROWEST = 128  # columns, of several dimensions if need be, so that few products have few columns
