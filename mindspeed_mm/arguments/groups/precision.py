@@ -25,7 +25,7 @@ PRECISION = Group(
             "--precision-perturb",
             integer(0),
             0,
-            "seed of rounding noise in the outputs of all leaf modules (half a unit in the last place), for records that "
+            "seed of rounding noise in the outputs of leaf modules (half a unit in the last place), for records that "
             "'mindspeed-mm precision band' measures the reference's own spread on; 0: none",
         ),
         Flag(
