@@ -150,7 +150,8 @@ def _run(
 
 
 def _records_precision(args: Namespace) -> bool:
-    return bool(args.precision_capture or args.precision_mode or args.precision_on_anomaly or args.log_local_norm)
+    asked = args.precision_capture or args.precision_mode or args.precision_on_anomaly or args.precision_perturb
+    return bool(asked or args.log_local_norm)
 
 
 def _build_engine(args: Namespace, provider: Callable[..., Any]) -> tuple[Engine, list[ParameterGroup]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mindspeed_mm.arguments.flag import PATH, SWITCH, TEXT, Flag, Group, Refused, one_of
+from mindspeed_mm.arguments.flag import PATH, SWITCH, TEXT, Flag, Group, Refused, integer, one_of
 
 _FSDP2_ONLY = Refused("recording precision is for --use-torch-fsdp2; add that flag, or remove this one")
 
@@ -23,6 +23,14 @@ PRECISION = Group(
             one_of("lr0"),
             None,
             "lr0: the optimizer runs and its update is discarded; the gradients' sum over all steps is recorded",
+            megatron=_FSDP2_ONLY,
+        ),
+        Flag(
+            "--precision-perturb",
+            integer(0),
+            0,
+            "seed of rounding noise in the outputs of leaf modules (half a unit in the last place), for records that "
+            "'mindspeed-mm precision band' measures the reference's own spread on; 0: none",
             megatron=_FSDP2_ONLY,
         ),
         Flag(
