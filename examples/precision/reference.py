@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2VLImageProcessorPil, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    Qwen2VLImageProcessorPil,
+    Trainer,
+    TrainingArguments,
+)
 
 from mindspeed_mm.precision import Recorder  # the first of the three lines
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,34 @@ def total_grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
                     dist.all_reduce(squares, group=mesh.get_group(dimension))
         total = squares if total is None else total + squares
     return torch.zeros(()) if total is None else total.sqrt()
+
+
+def parameter_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Return the L2 norm of each gradient, (N,), the same on every rank; 0 where there is none.
+
+    Counts and accumulates as :func:`total_grad_norm` does, with as many collectives.
+    """
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for number, parameter in enumerate(parameters):
+        gradient = parameter.grad
+        if gradient is not None:
+            is_sharded = isinstance(gradient, DTensor)
+            groups[(gradient.device_mesh, gradient.placements) if is_sharded else None].append(number)
+    norms: dict[int, Tensor] = {}
+    for placement, numbers in groups.items():
+        local = [_local(parameters[number].grad) for number in numbers]
+        dtype = torch.float64 if local[0].dtype == torch.float64 else torch.float32
+        found = iter(torch._foreach_norm([t for t in local if t.numel()], 2, dtype=dtype) if local else [])
+        nothing = torch.zeros((), dtype=dtype, device=local[0].device)
+        squares = torch.stack([next(found) if t.numel() else nothing for t in local]).square()
+        if placement is not None:
+            mesh, placements = placement
+            for dimension, kind in enumerate(placements):
+                if kind.is_shard():
+                    dist.all_reduce(squares, group=mesh.get_group(dimension))
+        norms.update(zip(numbers, squares.sqrt().to(torch.float32).unbind(), strict=True))
+    some = next(iter(norms.values()), torch.zeros(()))
+    return torch.stack([norms.get(number, torch.zeros_like(some)) for number in range(len(parameters))])
 
 
 def clip_by_norm(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:

@@ -61,9 +61,7 @@ class Capture:
 
     def step_begins(self, step: int) -> None:
         """Attach to the model if ``step``, the iterations done before it, is to be recorded."""
-        if self._step and self._step.hooks:  # a step that was given up
-            self._step.hooks.remove()
-        self._step = None
+        self.give_up()
         if step not in self.plan.steps:
             return
         self._step = taken = _Step(step, StepPool(self.speaks))
@@ -77,26 +75,41 @@ class Capture:
             taken.hooks = ModuleHooks(self.root, taken.pool, self.plan.tensors)
             taken.hooks.install()
 
+    def give_up(self) -> None:
+        """Detach and forget the step that is recorded, if there is one."""
+        if self._step and self._step.hooks:
+            self._step.hooks.remove()
+        self._step = None
+
     def micro_batch(
-        self, batch: Any, positions: Sequence[int] | None = None, names: Sequence[str] | None = None
-    ) -> None:
-        """Take a micro-batch, best while it is in host memory.
+        self,
+        batch: Any,
+        positions: Sequence[int] | None = None,
+        names: Sequence[str] | None = None,
+        first_position: int | None = None,
+    ) -> int:
+        """Take a micro-batch, best while it is in host memory; return how many samples it has.
 
         Args:
             batch: what the data set gave.
             positions: of its samples, or of its rows, in the order of all samples.
             names: of its samples.
+            first_position: of its first sample, where the others follow.
         """
         taken = self._step
         if taken is None:
-            return
+            return 0
         samples = read_batch(batch, self._config)
+        count = len(samples.keys) if samples is not None else 0
+        if first_position is not None:
+            positions = range(first_position, first_position + count)
         if samples is not None and self.speaks:
             taken.samples += _named(samples, positions, names)
         host = BatchRows(samples, torch.device("cpu"))
         _add_fields(taken.pool, batch, host)
         if taken.hooks:
             taken.hooks.begin_micro_batch(BatchRows(samples, self.device))
+        return count
 
     def loss(self, loss: Tensor, num_tokens: Tensor | None = None) -> None:
         """Take what the backward pass of a micro-batch starts from, and the number of target tokens behind it."""
@@ -109,6 +122,7 @@ class Capture:
         """Take the gradients of the global batch; ``factor`` is what they were multiplied with after the backward."""
         if self._step:
             self._step.factor = factor
+            self._step.pool.drop("grad_reduced")  # who cannot tell the last micro-batch calls this after each
             self._add_gradients("grad_reduced")
 
     def gradients_clipped(self, grad_norm: Tensor | float | None = None) -> None:

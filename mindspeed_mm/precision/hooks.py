@@ -49,6 +49,7 @@ class ModuleHooks:
         self._open: dict[str, Call] = {}
         head = root.get_output_embeddings() if hasattr(root, "get_output_embeddings") else None
         self._head = head if isinstance(head, nn.Module) else None
+        self._has_logits = True
         self.kept: dict[str, list[Call]] = {}
         self.notes: list[str] = []
 
@@ -103,12 +104,15 @@ class ModuleHooks:
             return
         again = _in_backward()
         if module is self._head and not self._are_logits(output):
+            self._has_logits = False
             self._note(f"{site.name}: the logits were never in memory as a whole; the loss is computed in chunks")
             return
         call = None if again else self._open.pop(site.name, None)
         if call is not None:
             object.__setattr__(call, "output", tree_map(_copied, _plain(output)))
         for name, value in named_outputs(output):
+            if name == "logits" and not self._has_logits:
+                continue
             self._see(site, f"output.{name}", value, site.vision, again, call)
         if module is self._head and not again:
             self._pool.alias(Key("loss", site.name, "logits"), Key("forward", site.name, "output.0"))

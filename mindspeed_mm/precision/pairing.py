@@ -15,6 +15,7 @@ _FLOATS = ("float64", "float32", "bfloat16", "float16", "mixed")
 # A gradient that is zero but for rounding is measured against those around it.
 _NEIGHBOURS = 0.1
 _PHASE_SCALE = 1e-3
+_NORM_OF_DISTANCE = 0.2
 _GRADIENTS = ("grad_local", "grad_reduced", "grad_clipped")
 
 
@@ -98,8 +99,10 @@ class Pair:
             return Gap(exact, exact)
         least = lowest * scale + self._from_weights(key)
         if spread is not None:
-            return Gap(SAFETY * spread.distance + least, SAFETY * spread.norm + least)
-        relative = assumed(self._depth.get(key, 0), *dtypes)
+            # A difference of norms is one number, and small by accident in a few runs.
+            norm = max(spread.norm, _NORM_OF_DISTANCE * spread.distance)
+            return Gap(SAFETY * spread.distance + least, SAFETY * norm + least)
+        relative = assumed(self._depth.get(key, 0), *dtypes, *(() if key.phase == "data" else self._coarsest))
         if not self.first:
             relative = 10 * relative + 10 * self._weights_apart
         # Without a band nothing is known of a bias; it is allowed what noise is.
@@ -111,6 +114,13 @@ class Pair:
         if len(self.reference.ranks) != len(self.candidate.ranks):
             return False
         return [s.id for s in self.reference.samples] == [s.id for s in self.candidate.samples]
+
+    @cached_property
+    def _coarsest(self) -> tuple[str, ...]:
+        """What the modules compute in; gradients of parameters carry its rounding, whatever they are kept in."""
+        both = [*self.reference.entries.items(), *self.candidate.entries.items()]
+        found = {sketch.dtype for key, sketch in both if key.phase == "forward"}
+        return tuple(found & {"bfloat16", "float16"})
 
     @cached_property
     def _depth(self) -> dict[Key, int]:

@@ -70,9 +70,10 @@ class StepPool:
         if other in self._made:
             self._made[key].append(self._made[other][-1])
 
-    def forget_tensors(self) -> None:
-        """Do not take tensors that come from now on for those that were."""
-        self._seen.clear()
+    def drop(self, phase: str) -> None:
+        """Forget what was added of a phase."""
+        for key in [key for key in self._made if key.phase == phase]:
+            del self._made[key]
 
     def read(self, factor: float = 1.0) -> dict[Key, Sketch]:
         """Return the sketches, in the order in which they came. Waits for the device.

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 # How attention and caches are done, which differs between implementations that compute the same.
-_MEANS = re.compile(r"mask|past|cache|cu_seq|cu_window|max_seq|max_length|grid_thw|cu_len")
+_MEANS = re.compile(r"mask|past|cache|cu_seq|cu_window|max_seq|max_length|grid_thw|cu_len|interp_")
 
 
 def named_inputs(

@@ -68,8 +68,12 @@ def diagnose(
 
         return output, read
 
-    with _name_first_output(engine.module, finding):
-        engine.forward_backward(watched, replay(taken), num_microbatches)
+    listeners, engine.listeners = engine.listeners, []  # this is no step of the run
+    try:
+        with _name_first_output(engine.module, finding):
+            engine.forward_backward(watched, replay(taken), num_microbatches)
+    finally:
+        engine.listeners = listeners
     if finding.micro_batch is None:
         finding.module = suspect or finding.module
         for index, (name, parameter) in enumerate(engine.module.named_parameters()):

@@ -66,6 +66,9 @@ class StepWatcher(Protocol):
     def step_ends(self, record: StepRecord) -> None:
         """This became of it."""
 
+    def stop(self) -> None:
+        """Training is over, or has failed; other ranks may be gone."""
+
 
 @dataclass
 class Trainer:

@@ -34,7 +34,7 @@ from mindspeed_mm.training.exits import ExitWatch
 from mindspeed_mm.training.failures import StoreSlot, end_hanging_job
 from mindspeed_mm.training.generation import GenerationCheck
 from mindspeed_mm.training.loop import Cadence, Progress, Trainer
-from mindspeed_mm.training.manifest import describe_run, write_manifest
+from mindspeed_mm.training.manifest import describe_effective, describe_run, write_manifest
 from mindspeed_mm.training.model_setup import build_model
 from mindspeed_mm.training.nonfinite import NonFinitePolicy
 from mindspeed_mm.training.optimizer_setup import optimizer_from, parameter_groups, schedule_from
@@ -110,7 +110,7 @@ def _run(
     with phase("preparing the data"):
         train, valid, test = _build_iterators(args, dataset_provider)
         checkpointer.restore_iterators(_named_iterators(train, valid))
-    manifest = describe_run(args, groups)
+    manifest = {**describe_run(args, groups), "effective": describe_effective(args, engine, schedule)}
     if args.save:
         write_manifest(args.save, manifest)
     # Dropout differs between data-parallel ranks; a resumed run continues its own streams instead.
@@ -137,6 +137,8 @@ def _run(
     try:
         stopped = _train_and_evaluate(args, trainer, exits, valid, test, checkpointer.saver)
     finally:
+        for watcher in trainer.watchers:
+            watcher.stop()
         profiler.stop()
         memory_profiler.stop()
         trainer.log.stop_progress()

@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 from tests.precision.faults import FAULTS, Fault
+from tests.precision.more_faults import MORE
 from tests.ranks import RankPool
 from tests.training.job import Job, run_here
 
@@ -63,6 +64,7 @@ def make_job(folder: Path, hf_folder: Path, record: Path, dtype: str = "fp32", r
         row = json.loads(json.dumps(job.rows[index % 8]))
         words = f"<image>\n{TEXTS[index % 4]} Number {index}."
         row["messages"][0]["content"] = words
+        row["messages"][1]["content"] += " It really is." * (index % 3)
         rows.append(row)
     job.rows = rows
     job.model = {
@@ -125,4 +127,4 @@ def train_here(command: list[str], folder: str, fault_name: str | None) -> tuple
 
 def find(name: str | None) -> Fault | None:
     """Return a fault by its name."""
-    return None if name is None else FAULTS[name]
+    return None if name is None else {**FAULTS, **MORE}[name]
