@@ -165,6 +165,7 @@ def _loss(known: _Known, raw: Raw) -> Iterator[tuple[str, Any]]:
             chosen = str(raw[system].get("model.loss_cfg.loss_type", "default"))
             yield "loss_reduction", {"per_token_loss": "token", "per_sample_loss": "sample"}.get(chosen)
             yield "loss_reduction", next((how for how, flag in by.items() if is_on(raw[system], flag)), "micro_batch")
-    if "hf" in raw:
+    # Trainer counts the tokens of the global batch only for classes that take their number: those without a tower.
+    if "hf" in raw and not any(name.startswith("vision_config.") for name in raw.get("config", ())):
         whole = raw["hf"].get("average_tokens_across_devices", True)
         yield "loss_reduction", "token" if str(whole).lower() not in ("false", "['false']") else "token_of_rank"

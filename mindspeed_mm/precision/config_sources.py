@@ -83,8 +83,11 @@ def _read(path: Path) -> Iterator[Source]:
     if path.is_dir():
         for name in ("run_manifest.json", "precision/manifest.json", "manifest.json"):
             if (path / name).is_file():
-                yield from _read_file(path / name)
-                return
+                found = list(_read_file(path / name))
+                yield from found
+                if any(source.system == "ours" for source in found):
+                    return
+                break  # another trainer's record; its files lie beside it
         files = dict.fromkeys(file for pattern in _FILES_OF_A_RUN for file in sorted(path.glob(pattern)))
         for file in files:
             if not (file.suffix == ".bin" and file.with_suffix(".json") in files):

@@ -227,3 +227,22 @@ def test_records_are_compared_by_what_they_hold_of_the_weights(tmp_path: Path) -
     assert code == 1 and "weights, b.weight: parameter: relative distance" in text
     code, text = run("state-diff", reference, write("less", {"a.weight": weights["a.weight"]}))
     assert code == 1 and "only in the reference" in text
+
+
+def test_samples_with_the_same_tokens_are_told_apart_by_their_pictures() -> None:
+    """Ten digits have ten answers: most samples of a batch have the tokens of another."""
+    found = [
+        SampleFingerprint(f"{i % 3}", {"input_ids": f"{i % 3}", "labels": f"{i % 3}", "pixel_values": f"{i}"})
+        for i in range(24)
+    ]
+    assert judge_data(in_steps(found), in_steps(found)).exit_code == 0
+    assert "4 samples, 1 steps earlier" in str(judge_data(in_steps(found), in_steps(found[4:])).first)
+    changed = copy.deepcopy(found)
+    changed[6].fields["pixel_values"] = "other"
+    first = judge_data(in_steps(found), in_steps(changed)).first
+    assert first is not None and first.site == "pixel_values" and first.step == 1
+    all_changed = copy.deepcopy(found)
+    for sample in all_changed:
+        sample.fields["pixel_values"] += "x"
+    first = judge_data(in_steps(found), in_steps(all_changed)).first
+    assert first is not None and first.site == "pixel_values"
