@@ -85,6 +85,7 @@ def attend_each(
     parts = [
         attend(q, k, v, causal=causal, scale=scale, mask=mask, dropout=dropout)
         for q, k, v in zip(*(tensor.split(list(lengths), dim=2) for tensor in (query, key, value)), strict=True)
+        if q.shape[2]
     ]
     return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 

@@ -107,7 +107,7 @@ def export_hf_boxes(
     Raises:
         UserError: as ``export_hf``.
     """
-    senders = _Senders(boxes)
+    senders = Senders(boxes)
 
     def gather(names: list[str]) -> dict[str, Tensor]:
         found = {name: senders.gather(name) for name in names}
@@ -125,7 +125,7 @@ class _Claim:
     dtype: torch.dtype
 
 
-class _Senders:
+class Senders:
     """Who sends what to rank 0, agreed on by all ranks when this is made."""
 
     def __init__(self, boxes: Boxes) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -43,32 +43,39 @@ class SequenceSplit:
         self, length: int, cu_seqlens: Tensor | None = None, *, size: int = 1, rank: int = 0, divisor: int = 1
     ) -> None:
         own = [length]
+        self._samples = 0
         if cu_seqlens is not None:
-            ends = [*cu_seqlens.tolist(), length]
-            own = [b - a for a, b in itertools.pairwise(ends) if b > a]
+            ends = cu_seqlens.tolist()
+            own = [b - a for a, b in itertools.pairwise(ends)]
+            self._samples = len(own)
+            own += [length - ends[-1]] if length > ends[-1] else []
         self._own, self._size, self._rank = tuple(own), size, rank
         chunks = 2 * size if size > 1 else 1
         lengths = [_round_up(n, chunks) for n in own]
-        lengths[-1] += _round_up(sum(lengths), math.lcm(chunks, size * divisor)) - sum(lengths)
         self.lengths = tuple(lengths)
-        self._is_packed = cu_seqlens is not None
+        self.extend(_round_up(sum(lengths), math.lcm(chunks, size * divisor)))
+
+    def extend(self, total: int) -> None:
+        """Add padding at the end until the row is ``total`` long, all ranks together."""
+        *others, last = self.lengths
+        self.lengths = (*others, last + total - sum(self.lengths))
 
     @property
     def is_whole(self) -> bool:
         """Whether this rank computes all positions and none was added."""
         return self._size == 1 and self.lengths == self._own
 
-    @cached_property
+    @property
     def cu_seqlens(self) -> Tensor | None:
-        """Where the sequences lie in the padded row, all ranks together, (n + 1,) int32 on the host; None if dense."""
-        if not self._is_packed:
+        """Where ``lengths`` lie in the padded row, all ranks together, int32 on the host; None if nothing is packed."""
+        if not self._samples:
             return None
         return torch.tensor([0, *self.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
     @property
     def local_cu_seqlens(self) -> Tensor | None:
-        """Where they lie among the positions of this rank."""
-        return None if self.cu_seqlens is None else self.cu_seqlens // self._size
+        """Where the given sequences lie among the positions of this rank, (n + 1,); None if nothing is packed."""
+        return None if self.cu_seqlens is None else self.cu_seqlens[: self._samples + 1] // self._size
 
     def take(self, tensor: Tensor, dim: int, fill: float = 0) -> Tensor:
         """Return this rank's positions of a tensor that has all of them.
@@ -105,8 +112,11 @@ def _source(own: Sequence[int], padded: Sequence[int], size: int, rank: int, dev
     for length, total in zip(own, padded, strict=True):
         positions = torch.full((total,), -1)
         positions[:length] = torch.arange(start, start + length)
-        chunks = positions.chunk(2 * size)
-        parts += [positions] if size == 1 else [chunks[rank], chunks[2 * size - 1 - rank]]
+        if size == 1:
+            parts.append(positions)
+        else:
+            chunks = positions.view(2 * size, total // (2 * size))
+            parts += [chunks[rank], chunks[2 * size - 1 - rank]]
         start += length
     return torch.cat(parts).to(device, non_blocking=True)
 
@@ -127,7 +137,7 @@ def ascending(lengths: Sequence[int], size: int, device: torch.device) -> tuple[
     places = torch.arange(size * sum(lengths)).view(size, -1)
     parts = []
     for part in places.split(list(lengths), dim=1):
-        first, second = part.chunk(2, dim=1)
+        first, second = part.unflatten(1, (2, part.shape[1] // 2)).unbind(1)
         parts += [first.flatten(), second.flip(0).flatten()]
     order = torch.cat(parts)
     return order.to(device, non_blocking=True), order.argsort().to(device, non_blocking=True)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed_mm import accelerator
 from mindspeed_mm.configs.model import ModelConfig
+from mindspeed_mm.distributed.sequence_split import SequenceSplit
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.losses import IGNORE, REDUCTIONS, logits_bytes, shift_labels, sum_by_sample
 from mindspeed_mm.losses.chunked import LARGE_LOGITS
@@ -64,7 +67,7 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
         self.pre_process = config.pre_process if pre_process is None else pre_process
         self.post_process = config.post_process if post_process is None else post_process
         self.blueprint = read_blueprint(config)
-        engine = accelerator.has_transformer_engine() and not (
+        self._engine = engine = accelerator.has_transformer_engine() and not (
             config.text_decoder and config.text_decoder.use_te is False
         )
         super().__init__(transformer_config(config, self.blueprint, transformer_engine=engine))
@@ -193,9 +196,12 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
 
         Returns:
             The hidden states (S, B, H) unless this is the last chunk. There, ``loss_dict`` and ``logits`` (B, S, V),
-            this rank's part of the vocabulary, None where they are computed in chunks. ``loss_dict`` holds ``loss``,
-            a scalar reduced as ``loss_cfg.loss_type`` says; ``loss_mask``, (B, S) bool; and for ``per_token_loss``,
-            where ``loss`` is a sum, ``token_nums``, int64 scalar. Without labels, ``loss`` None and ``logits``.
+            this rank's part of the vocabulary and of the positions (see
+            :class:`~mindspeed_mm.distributed.sequence_split.SequenceSplit`), None where they are computed in chunks.
+            ``loss_dict`` holds ``loss``, a scalar reduced as ``loss_cfg.loss_type`` says; ``loss_mask``, (B, S) bool;
+            and for ``per_token_loss``, where ``loss`` is a sum, ``token_nums``, int64 scalar. Under context
+            parallelism the mean of the ranks' ``loss`` is that of the whole sequences, or where it is a sum their sum,
+            and ``loss_mask`` is of all positions. Without labels, ``loss`` None and ``logits``.
         """
         if image_flags is not None and pixel_values is not None:
             pixel_values = pixel_values[image_flags.flatten() == 1]
@@ -206,17 +212,51 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
         features = None
         if self.pre_process and decoder_input is None:
             decoder_input, features = self._embed(input_ids, {**media, "position_ids": position_ids}, vision_metadata)
+        split = self._split(input_ids.shape[1], cu_seqlens)
         hidden = self.text_decoder(
-            None if decoder_input is None else decoder_input.transpose(0, 1).contiguous(),
-            position_ids,
-            packed_seq_params=packed_seq_params,
-            features=features,
+            None if decoder_input is None else split.take(decoder_input, 1).transpose(0, 1).contiguous(),
+            split.take(position_ids, -1),
+            packed_seq_params=packed_seq_params or self._packed(split),
+            features=None if features is None else split.take(features, 1),
         )
         if not self.post_process:
             return hidden
         if labels is None:
-            return {"loss": None, "logits": self.text_decoder.logits(hidden).transpose(0, 1)}
-        return self._with_loss(hidden, labels, cu_seqlens)
+            return {"loss": None, "logits": self._by_sample(self.text_decoder.logits(hidden), input_ids)}
+        return self._with_loss(hidden, labels, cu_seqlens, split)
+
+    def _split(self, length: int, cu_seqlens: Tensor | None) -> SequenceSplit:
+        """Return which positions of the micro-batch this rank computes."""
+        from megatron.core import parallel_state
+
+        split = SequenceSplit(
+            length,
+            cu_seqlens,
+            size=parallel_state.get_context_parallel_world_size(),
+            rank=parallel_state.get_context_parallel_rank(),
+            divisor=self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1,
+        )
+        if self.config.moe_token_dispatcher_type == "allgather" and self.config.expert_model_parallel_size > 1:
+            # It wants one length on all ranks that share experts, and the host waits; alltoall needs none of this.
+            longest = torch.tensor(sum(split.lengths), device=accelerator.device())
+            dist.all_reduce(longest, dist.ReduceOp.MAX, group=parallel_state.get_expert_model_parallel_group())
+            split.extend(int(longest))
+        return split
+
+    def _packed(self, split: SequenceSplit) -> Any:
+        """Return where packed samples begin, in megatron-core's form; the angles are those of each position already."""
+        if split.cu_seqlens is None:
+            return None
+        from megatron.core.packed_seq_params import PackedSeqParams
+
+        if self._engine:
+            raise UserError(
+                "packing: TransformerEngine's layers would let the samples of a packed row see each other; set "
+                "text_decoder.use_te to false in model.json, or packing to false in data.json"
+            )
+        params = PackedSeqParams(qkv_format="sbhd", cu_seqlens_q=split.cu_seqlens, cu_seqlens_kv=split.cu_seqlens)
+        params.lengths = list(split.lengths)
+        return params
 
     def _embed(self, input_ids: Tensor, media: dict[str, Any], metadata: Any) -> tuple[Tensor, Tensor | None]:
         if self.image_encoder is None:
@@ -226,10 +266,15 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
             return merged.embeddings, None
         return merged.embeddings, deepstack.spread(merged.features, merged.mask)
 
-    def _with_loss(self, hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> dict[str, Any]:
+    def _with_loss(
+        self, hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None, split: SequenceSplit
+    ) -> dict[str, Any]:
         from mindspeed_mm.models.megatron.loss import losses_in_chunks, losses_of_logits
 
         targets = shift_labels(labels)
+        mask = targets != IGNORE
+        counts = sum_by_sample(mask, cu_seqlens)
+        targets = split.take(targets, 1, IGNORE)
         mode, words = self._loss.compute_mode, self.text_decoder.vocab_size // self.config.tensor_model_parallel_size
         if mode == "chunk" or (mode == "auto" and logits_bytes(targets.numel(), words) > LARGE_LOGITS):
             logits = None
@@ -237,13 +282,19 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
         else:
             logits = self.text_decoder.logits(hidden)
             losses = losses_of_logits(logits, targets.t())
-        mask = targets != IGNORE
-        counts = sum_by_sample(mask, cu_seqlens)
-        sums = sum_by_sample(losses.t(), cu_seqlens)
+        bounds = split.local_cu_seqlens
+        sums = sum_by_sample(losses.t(), None if bounds is None else bounds.to(losses.device))
         result = {"loss": REDUCTIONS[self._loss.loss_type](sums, counts), "loss_mask": mask}
         if self._loss.loss_type == "per_token_loss":
-            result["token_nums"] = counts.sum()
-        return {"loss_dict": result, "logits": None if logits is None else logits.transpose(0, 1)}
+            result["token_nums"] = (targets != IGNORE).sum()
+        else:
+            result["loss"] = result["loss"] * self.config.context_parallel_size
+        return {"loss_dict": result, "logits": None if logits is None else self._by_sample(logits, labels)}
+
+    def _by_sample(self, logits: Tensor, whole: Tensor) -> Tensor:
+        """Put the batch first, and leave out the positions that were added, where these are the last ones."""
+        logits = logits.transpose(0, 1)
+        return logits if self.config.context_parallel_size > 1 else logits[:, : whole.shape[1]]
 
 
 def _first(*values: bool | None) -> bool:

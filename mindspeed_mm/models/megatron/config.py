@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from mindspeed_mm.configs.model import ModelConfig
 from mindspeed_mm.configs.towers import TextDecoder
+from mindspeed_mm.distributed.state import print_rank_0
 from mindspeed_mm.errors import UserError, did_you_mean
 from mindspeed_mm.models.megatron.blueprint import Blueprint
 
@@ -71,7 +72,11 @@ def transformer_config(config: ModelConfig, blueprint: Blueprint, *, transformer
     values = {**_DEFAULTS, **shapes, **chosen}
     if not transformer_engine:
         _without_engine(values)
+    if shapes["virtual_pipeline_model_parallel_size"]:
+        # Between two stages a batch holds two messages each way, and gloo gives the first to whoever asks first.
+        values["batch_p2p_comm"] = False
     values["pipeline_dtype"] = values["params_dtype"]
+    values["calculate_per_token_loss"] = config.loss_cfg.loss_type == "per_token_loss"
     if "num_moe_experts" in values and shapes["tensor_model_parallel_size"] > 1 and not values.get("sequence_parallel"):
         raise UserError(
             f"a mixture of experts with --tensor-model-parallel-size {shapes['tensor_model_parallel_size']} needs "
@@ -110,8 +115,16 @@ def _without_engine(values: dict[str, Any]) -> None:
     """Turn off what needs Transformer Engine or Apex, where leaving it out changes speed only."""
     for key in ("gradient_accumulation_fusion", "persist_layer_norm", "apply_rope_fusion", "masked_softmax_fusion"):
         values[key] = False
-    for key in ("moe_grouped_gemm", "moe_permute_fusion"):
-        values.pop(key, None)
+    for key, instead in _EXPERTS_WITHOUT_ENGINE.items():
+        if values.pop(key, None):
+            flag = f"--{key.replace('_', '-')}"
+            print_rank_0(f"{flag}: Transformer Engine, which it needs, is not used here: {instead}")
+
+
+_EXPERTS_WITHOUT_ENGINE = {
+    "moe_grouped_gemm": "the experts of a rank run one after another",
+    "moe_permute_fusion": "tokens are sorted by expert in several steps",
+}
 
 
 def _shapes(blueprint: Blueprint) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mindspeed_mm.distributed.piece import Piece
+from mindspeed_mm.models.megatron.lora_layout import adapter_pieces
 
 __all__ = ["Piece", "boxes", "hf_shapes", "pieces"]
 
@@ -47,12 +48,22 @@ def pieces(model: nn.Module) -> dict[str, list[Piece]]:
     return names
 
 
-def boxes(*chunks: nn.Module) -> list[tuple[Piece, Tensor]]:
-    """Return what this rank holds: every box with the view of the parameter it is in; for not sharded parameters."""
+def boxes(*chunks: nn.Module, adapters: bool = False) -> list[tuple[Piece, Tensor]]:
+    """Return what this rank holds: every box with the view of the parameter it is in; for not sharded parameters.
+
+    Args:
+        *chunks: of this rank.
+        adapters: those of adapters (LoRA), instead of those of the model.
+    """
     found = []
     for chunk in chunks:
         layout, parameters = pieces(chunk), dict(_unwrap(chunk).named_parameters())
-        found += [(piece, piece.view(parameters[name].detach())) for name, parts in layout.items() for piece in parts]
+        found += [
+            (piece, piece.view(parameters[name].detach()))
+            for name, parts in layout.items()
+            if (".adapter." in name) == adapters
+            for piece in parts
+        ]
     return found
 
 
@@ -254,12 +265,14 @@ def _decoder_pieces(decoder: Any, hf_prefix: str) -> dict[str, list[Piece]]:
         "output_layer.weight": _head(decoder, embedding),
     }
     found: dict[str, list[Piece]] = {}
-    for name, _ in decoder.named_parameters():
+    for name, parameter in decoder.named_parameters():
         match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
         try:
             if match:
                 number = decoder.decoder.layers[int(match[1])].layer_number - 1  # of the whole model
-                found[name] = at(f"{hf_prefix}.layers.{number}").pieces_of(match[2])
+                linear, _, matrix = match[2].partition(".adapter.")
+                boxes = at(f"{hf_prefix}.layers.{number}").pieces_of(f"{linear}.weight" if matrix else linear)
+                found[name] = adapter_pieces(matrix, boxes, parameter.shape, tensor.rank > 0) if matrix else boxes
             else:
                 found[name] = [outside[name]]
         except KeyError:
