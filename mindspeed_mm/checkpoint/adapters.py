@@ -81,8 +81,16 @@ def export_adapter(model: nn.Module, folder: str | Path) -> Path:
     Raises:
         UserError: rank 0 could not write; raised on all ranks.
     """
+    return write_adapter(adapter_files(model), folder)
+
+
+def write_adapter(files: dict[str, bytes], folder: str | Path) -> Path:
+    """Write the files that rank 0 has into ``folder``; every rank calls this.
+
+    Raises:
+        UserError: rank 0 could not write; raised on all ranks.
+    """
     folder = Path(folder)
-    files = adapter_files(model)
 
     def write() -> None:
         for name, content in files.items():
@@ -118,13 +126,12 @@ def written_config(config: Any, model: nn.Module) -> Any:
     return config
 
 
-def check_adapters(checkpoint: Path, model: nn.Module, base: str | None) -> list[str]:
-    """Check that a checkpoint's adapters are those of ``model``.
+def check_adapters(checkpoint: Path, ours: Any) -> list[str]:
+    """Check that a checkpoint's adapters are those of this run.
 
     Args:
         checkpoint: its folder.
-        model: what the adapters were put into, or a model without any.
-        base: where the weights under the adapters of this run were read from; None if they were not read.
+        ours: peft's configuration of this run's adapters, as it is written; None without adapters.
 
     Returns:
         Lines to warn with.
@@ -133,7 +140,6 @@ def check_adapters(checkpoint: Path, model: nn.Module, base: str | None) -> list
         UserError: only one of the two has adapters, they differ, or the checkpoint has nothing but adapters and the
             weights under them are not known.
     """
-    ours = adapter_config(model)
     saved = _read_config(checkpoint) if (checkpoint / ADAPTER_CONFIG).is_file() else None
     if ours is None and saved is None:
         return []
@@ -154,7 +160,7 @@ def check_adapters(checkpoint: Path, model: nn.Module, base: str | None) -> list
     ]
     if differences:
         raise UserError("\n".join([f"{checkpoint} holds other adapters than this run trains:", *differences]))
-    was = saved.get("base_model_name_or_path")
+    was, base = saved.get("base_model_name_or_path"), ours.base_model_name_or_path
     if was and not base:
         raise UserError(
             f"{checkpoint} holds adapters alone, without the weights under them. Pass --load-base-model; they were "

@@ -23,8 +23,8 @@ class RunState(Protocol):
     def weights(self, part: Selection = "all") -> dict[tuple[str, ...], torch.Tensor]:
         """Return the live weights of this rank by all their names, as ``tensors.named_tensors`` does."""
 
-    def weight_names(self) -> Collection[str]:
-        """Return the names of all weights, those that only other ranks hold included."""
+    def weight_names(self, part: Selection = "all") -> Collection[str]:
+        """Return the names of weights, those that only other ranks hold included."""
 
     def optimizer_tensors(self) -> dict[str, torch.Tensor]:
         """Return the optimizer's state tensors of this rank, under ``optimizer.state.<weight>.<state>``."""
@@ -62,9 +62,9 @@ class ModuleState:
         """Return the live weights."""
         return named_tensors(self.model, part)
 
-    def weight_names(self) -> Collection[str]:
-        """Return the names of all weights: every rank has a part of each."""
-        return {name for names in self.weights() for name in names}
+    def weight_names(self, part: Selection = "all") -> Collection[str]:
+        """Return the names of weights: every rank has a part of each."""
+        return {name for names in self.weights(part) for name in names}
 
     def optimizer_tensors(self) -> dict[str, torch.Tensor]:
         """Return the optimizer's state tensors."""

@@ -331,9 +331,8 @@ def _weights(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
 
 def _wanted(run: RunState, saved: Iterable[str]) -> dict[tuple[str, ...], torch.Tensor]:
     """Return the model's tensors that a checkpoint should have: the adapters, if it has nothing but adapters."""
-    adapters = run.weights("adapters")
-    alone = adapters and {name for names in adapters for name in names}.issuperset(saved)
-    return adapters if alone else run.weights()
+    adapters = set(run.weight_names("adapters"))
+    return run.weights("adapters" if adapters and adapters.issuperset(saved) else "all")
 
 
 def _match(

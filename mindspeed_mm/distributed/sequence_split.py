@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -52,15 +52,20 @@ class SequenceSplit:
         self._own, self._size, self._rank = tuple(own), size, rank
         chunks = 2 * size if size > 1 else 1
         lengths = [_round_up(n, chunks) for n in own]
-        lengths[-1] += _round_up(sum(lengths), math.lcm(chunks, size * divisor)) - sum(lengths)
         self.lengths = tuple(lengths)
+        self.extend(_round_up(sum(lengths), math.lcm(chunks, size * divisor)))
+
+    def extend(self, total: int) -> None:
+        """Add padding at the end until the row is ``total`` long, all ranks together."""
+        *others, last = self.lengths
+        self.lengths = (*others, last + total - sum(self.lengths))
 
     @property
     def is_whole(self) -> bool:
         """Whether this rank computes all positions and none was added."""
         return self._size == 1 and self.lengths == self._own
 
-    @cached_property
+    @property
     def cu_seqlens(self) -> Tensor | None:
         """Where ``lengths`` lie in the padded row, all ranks together, int32 on the host; None if nothing is packed."""
         if not self._samples:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed_mm import accelerator
@@ -227,13 +229,19 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
         """Return which positions of the micro-batch this rank computes."""
         from megatron.core import parallel_state
 
-        return SequenceSplit(
+        split = SequenceSplit(
             length,
             cu_seqlens,
             size=parallel_state.get_context_parallel_world_size(),
             rank=parallel_state.get_context_parallel_rank(),
             divisor=self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1,
         )
+        if self.config.moe_token_dispatcher_type == "allgather" and self.config.expert_model_parallel_size > 1:
+            # It wants one length on all ranks that share experts, and the host waits; alltoall needs none of this.
+            longest = torch.tensor(sum(split.lengths), device=accelerator.device())
+            dist.all_reduce(longest, dist.ReduceOp.MAX, group=parallel_state.get_expert_model_parallel_group())
+            split.extend(int(longest))
+        return split
 
     def _packed(self, split: SequenceSplit) -> Any:
         """Return where packed samples begin, in megatron-core's form; the angles are those of each position already."""

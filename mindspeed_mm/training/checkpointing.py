@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from mindspeed_mm import accelerator
 from mindspeed_mm.checkpoint import store
-from mindspeed_mm.checkpoint.adapters import adapter_config, adapter_files, check_adapters, export_adapter
+from mindspeed_mm.checkpoint.adapters import adapter_config, adapter_files, check_adapters, write_adapter
 from mindspeed_mm.checkpoint.background import HostCopy
 from mindspeed_mm.checkpoint.coordination import rank, run_together
 from mindspeed_mm.checkpoint.hf_export import export_hf
@@ -59,9 +59,9 @@ class Checkpointer:
         self._rank_state: dict[str, Any] | None = None
         self._positions: dict[str, Any] = {}
         self._consumed_samples = 0
-        self._has_adapters = adapter_config(hf_model(model)) is not None
+        self._adapters = self.adapter_config()
         # Weights that do not change and can be read again are not saved.
-        self._base = base_folder(args, model) if self._has_adapters else None
+        self._adapters_only = getattr(self._adapters, "base_model_name_or_path", None) is not None
         self._loaded: Path | None = None
 
     @property
@@ -76,6 +76,14 @@ class Checkpointer:
     def set_random_state(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`random_state` returned."""
         accelerator.set_rng_state(state)
+
+    def adapter_config(self) -> Any:
+        """Return peft's configuration of the adapters, as it is written; None without adapters."""
+        return adapter_config(hf_model(self.model))
+
+    def adapter_files(self) -> dict[str, bytes]:
+        """Return the files of the adapters, on rank 0. A collective."""
+        return adapter_files(hf_model(self.model))
 
     def load_hf(self, folder: str, base: bool = False) -> list[str]:
         """Read the weights of a Hugging Face folder, ``base`` those under adapters; return what did not match."""
@@ -110,7 +118,7 @@ class Checkpointer:
             run_together(f"cleaning {args.save}", lambda: clean_up(Path(args.save)) if rank() == 0 else None)
         resumes = args.auto_resume and args.save is not None and (Path(args.save) / TRACKER).is_file()
         folder = args.save if resumes else args.load
-        if folder is None or self._has_adapters:
+        if folder is None or self._adapters:
             self._load_initial_weights()
         if folder is None:
             return 0, 0
@@ -122,7 +130,7 @@ class Checkpointer:
             step=None if resumes else args.ckpt_step,
             finetune=args.finetune and not resumes,
             fallback=args.load_fallback,
-            check=lambda path: check_adapters(path, hf_model(self.model), self._base),
+            check=lambda path: check_adapters(path, self._adapters),
         )
         print_rank_0(f" loading checkpoint from {loaded.path} at iteration {loaded.iteration}")
         for warning in loaded.warnings:
@@ -239,8 +247,8 @@ class Checkpointer:
                 optimizer=None if args.no_save_optim else self.optimizer,
                 extra=extra,
                 rank_state=rank_state,
-                adapters_only=self._base is not None,
-                files=adapter_files(hf_model(self.model)) if self._has_adapters else None,
+                adapters_only=self._adapters_only,
+                files=self.adapter_files() if self._adapters else None,
                 copy_to=copy_to,
             )
 
@@ -251,11 +259,11 @@ class Checkpointer:
 
         Of a model with adapters it is a peft folder; averaged weights go to ``<folder>-ema``.
         """
-        model, assets = hf_model(self.model), getattr(self.model, "hf_path", None)
-        if self._has_adapters:
-            export_adapter(model, folder)
+        if self._adapters:
+            write_adapter(self.adapter_files(), folder)
             print_rank_0(f" exported the adapters to {folder}")
             return
+        model, assets = hf_model(self.model), getattr(self.model, "hf_path", None)
         export_hf(model, folder, assets_from=assets)
         print_rank_0(f" exported a Hugging Face folder to {folder}")
         states = {name: self.optimizer.state.get(p, {}) for name, p in model.named_parameters()}

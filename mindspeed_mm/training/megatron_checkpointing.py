@@ -6,6 +6,7 @@ from argparse import Namespace
 from typing import Any
 
 from mindspeed_mm import accelerator
+from mindspeed_mm.checkpoint.adapters import ADAPTER_NAME, boxed_adapter_files, written_config
 from mindspeed_mm.checkpoint.hf_boxes import export_hf_boxes, load_hf_boxes
 from mindspeed_mm.distributed import parallel
 from mindspeed_mm.distributed.main_parameters import unwrap
@@ -40,6 +41,16 @@ class MegatronCheckpointer(Checkpointer):
         accelerator.set_rng_state(state)
         parallel.set_tracker_state(state["tracker"])
 
+    def adapter_config(self) -> Any:
+        """Return peft's configuration of the adapters on the Hugging Face model, None without adapters."""
+        configs = getattr(self._first, "peft_config", None)
+        return configs and written_config(configs[ADAPTER_NAME], self._first.blueprint.model)
+
+    def adapter_files(self) -> dict[str, bytes]:
+        """Return the files of the adapters, on rank 0. A collective."""
+        self.engine.mains.publish()
+        return boxed_adapter_files(self._adapters, boxes(*self.engine.module, adapters=True))
+
     def load_hf(self, folder: str, base: bool = False) -> list[str]:
         """Read the weights of a Hugging Face folder into this rank's parts."""
         warnings = load_hf_boxes(
@@ -50,6 +61,9 @@ class MegatronCheckpointer(Checkpointer):
 
     def export_hf(self, folder: str) -> None:
         """Write the trained model as a Hugging Face folder. A collective."""
+        if self._adapters:
+            super().export_hf(folder)
+            return
         self.engine.mains.publish()  # a forward pass may not have gathered it yet
         export_hf_boxes(
             self._blueprint("--export-hf").model,

@@ -80,11 +80,6 @@ def _problems(args: Namespace, text: Any) -> list[str]:
             problems.append(
                 f"--tensor-model-parallel-size {tensor} with {experts} experts needs --sequence-parallel; add it"
             )
-        if args.moe_token_dispatcher_type == "allgather" and size > 1:
-            problems.append(
-                f"--moe-token-dispatcher-type allgather with {flag} {size}: it needs sequences of one length on all "
-                "ranks, and batches are as long as their longest sample; use alltoall"
-            )
     return problems
 
 

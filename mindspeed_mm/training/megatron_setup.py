@@ -13,13 +13,16 @@ import torch.distributed as dist
 from torch import nn
 
 from mindspeed_mm import accelerator
+from mindspeed_mm.checkpoint.adapters import ADAPTER_NAME
 from mindspeed_mm.distributed import chunks, parallel, state
 from mindspeed_mm.distributed.frozen import freeze
 from mindspeed_mm.distributed.main_parameters import MainParameters, is_expert, named_globally
 from mindspeed_mm.engine.megatron import MegatronEngine
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.megatron.lora import add_adapters, initialize_adapters, peft_config
 from mindspeed_mm.optimizer import ParameterGroup
 from mindspeed_mm.training.callbacks import call_model_provider
+from mindspeed_mm.training.model_setup import lora_settings
 from mindspeed_mm.training.optimizer_setup import optimizer_from, parameter_groups
 
 
@@ -33,6 +36,7 @@ def build_engine(args: Namespace, provider: Callable[..., Any]) -> tuple[Megatro
     bare = chunks.build_chunks(lambda first, last, stage: _checked(call_model_provider(provider, first, last, stage)))
     if args.mm_model:
         _freeze(bare, args.mm.model.get("freeze", []))
+    _add_adapters(args, bare)
     device = accelerator.device()
     wrapped = chunks.reduce_gradients(
         [chunk.to(device) for chunk in bare],
@@ -58,6 +62,24 @@ def build_engine(args: Namespace, provider: Callable[..., Any]) -> tuple[Megatro
         per_token_loss=args.calculate_per_token_loss,
     )
     return engine, groups
+
+
+def _add_adapters(args: Namespace, bare: Sequence[Any]) -> None:
+    """Put adapters into the chunks, if the command line asks for them."""
+    settings = lora_settings(args)
+    if settings is None:
+        return
+    if not hasattr(bare[0], "blueprint"):
+        raise UserError(
+            f"--lora-target-modules: {type(bare[0]).__name__} is no VLMModel, the only one that takes them."
+        )
+    blueprint, base = bare[0].blueprint, args.load_base_model or bare[0].weights_source
+    config = peft_config(blueprint.model, blueprint.decoder_path, settings, base)
+    for chunk in bare:
+        for line in add_adapters(chunk, settings):
+            state.print_rank_0(line)
+        initialize_adapters(chunk, args.seed)
+        chunk.peft_config = {ADAPTER_NAME: config}
 
 
 def _freeze(bare: Sequence[nn.Module], patterns: Sequence[str]) -> None:

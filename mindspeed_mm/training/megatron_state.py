@@ -58,13 +58,13 @@ class MegatronState:
 
     def weights(self, part: Selection = "all") -> dict[tuple[str, ...], Tensor]:
         """Return what this rank holds of the weights; of trained ones the values in fp32 that the optimizer updates."""
-        if part == "adapters":
-            return {}
         boxes: dict[str, list[Box]] = {}
         shapes: dict[str, tuple[int, ...]] = {}
 
         def take(found: Iterator[tuple[Piece, Box]]) -> None:
             for piece, box in found:
+                if not _belongs(piece.hf_name, part):
+                    continue
                 mine = boxes.setdefault(_PREFIX + piece.hf_name, [])
                 if all(box.offsets != other.offsets for other in mine):  # tied weights on one stage
                     mine.append(box)
@@ -76,9 +76,9 @@ class MegatronState:
             take((piece, Box(piece.offsets, piece.view(parameter.detach()))) for piece in layout)
         return {(name,): BoxedTensor(shapes[name], mine) for name, mine in boxes.items()}
 
-    def weight_names(self) -> Collection[str]:
-        """Return the names of all weights of the model."""
-        return {hf for names in self._hf_names.values() for hf in names}
+    def weight_names(self, part: Selection = "all") -> Collection[str]:
+        """Return the names of weights of the model."""
+        return {hf for names in self._hf_names.values() for hf in names if _belongs(hf, part)}
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """Return this rank's parts of the optimizer's state."""
@@ -173,6 +173,10 @@ class MegatronState:
     @staticmethod
     def _key(piece: Piece, state: str) -> str:
         return f"{PREFIX}{_PREFIX}{piece.hf_name}.{state}"
+
+
+def _belongs(name: str, part: Selection) -> bool:
+    return part == "all" or (part == "adapters") == (".lora_" in name)
 
 
 def _box_of_range(piece: Piece, local: tuple[slice, ...], flat: Tensor, start: int, shape: tuple[int, ...]) -> Box:

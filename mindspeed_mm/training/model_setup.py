@@ -78,9 +78,20 @@ def build_model(args: Namespace, provider: Callable[..., Any]) -> tuple[nn.Modul
 
 def _add_adapters(args: Namespace, model: nn.Module) -> bool:
     """Return whether the command line asks for LoRA, and the model has got it."""
-    if not (args.lora_target_modules or args.lora_target_parameters):
+    settings = lora_settings(args)
+    if settings is None:
         return False
-    settings = LoraSettings(
+    family = family_of(model.transformer_config) if isinstance(model, TransformersModel) else None
+    for line in add_adapters(hf_model(model), settings, family, base_folder(args, model)):
+        state.print_rank_0(line)
+    return True
+
+
+def lora_settings(args: Namespace) -> LoraSettings | None:
+    """Return what the command line says about adapters, None if it asks for none."""
+    if not (args.lora_target_modules or args.lora_target_parameters):
+        return None
+    return LoraSettings(
         target_modules=tuple(args.lora_target_modules),
         target_parameters=tuple(args.lora_target_parameters),
         apply_modules=tuple(args.lora_apply_modules),
@@ -88,7 +99,3 @@ def _add_adapters(args: Namespace, model: nn.Module) -> bool:
         alpha=args.lora_alpha,
         dropout=args.lora_dropout,
     )
-    family = family_of(model.transformer_config) if isinstance(model, TransformersModel) else None
-    for line in add_adapters(hf_model(model), settings, family, base_folder(args, model)):
-        state.print_rank_0(line)
-    return True

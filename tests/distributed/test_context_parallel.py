@@ -140,7 +140,8 @@ def test_every_position_has_one_owner_and_equal_work(
         assert len(set(work)) == 1
     if ends is not None:
         local = splits[0].local_cu_seqlens
-        assert local is not None and local[-1] == len(sources[0])
+        assert local is not None and len(local) == len(ends)
+        assert local[-1] == sum(splits[0].lengths[: len(ends) - 1]) // size
         assert splits[0].cu_seqlens is not None and splits[0].cu_seqlens.dtype == torch.int32
 
 

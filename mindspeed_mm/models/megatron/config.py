@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from mindspeed_mm.configs.model import ModelConfig
 from mindspeed_mm.configs.towers import TextDecoder
+from mindspeed_mm.distributed.state import print_rank_0
 from mindspeed_mm.errors import UserError, did_you_mean
 from mindspeed_mm.models.megatron.blueprint import Blueprint
 
@@ -114,8 +115,16 @@ def _without_engine(values: dict[str, Any]) -> None:
     """Turn off what needs Transformer Engine or Apex, where leaving it out changes speed only."""
     for key in ("gradient_accumulation_fusion", "persist_layer_norm", "apply_rope_fusion", "masked_softmax_fusion"):
         values[key] = False
-    for key in ("moe_grouped_gemm", "moe_permute_fusion"):
-        values.pop(key, None)
+    for key, instead in _EXPERTS_WITHOUT_ENGINE.items():
+        if values.pop(key, None):
+            flag = f"--{key.replace('_', '-')}"
+            print_rank_0(f"{flag}: Transformer Engine, which it needs, is not used here: {instead}")
+
+
+_EXPERTS_WITHOUT_ENGINE = {
+    "moe_grouped_gemm": "the experts of a rank run one after another",
+    "moe_permute_fusion": "tokens are sorted by expert in several steps",
+}
 
 
 def _shapes(blueprint: Blueprint) -> dict[str, Any]:

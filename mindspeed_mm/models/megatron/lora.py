@@ -136,6 +136,11 @@ def add_adapters(model: nn.Module, settings: LoraSettings) -> list[str]:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for path, module in found.items():
+        if type(module).__name__ not in ("ColumnParallelLinear", "RowParallelLinear"):
+            raise UserError(
+                f"--lora-target-modules: {path} is Transformer Engine's {type(module).__name__}, which takes no "
+                f"adapter; set text_decoder.use_te to false in model.json"
+            )
         Adapter(module, _parts(path, module), settings)
     decoder: Any = getattr(model, "text_decoder", model)
     if hasattr(decoder, "embedding") and decoder.config.recompute_granularity == "full":
