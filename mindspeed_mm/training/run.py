@@ -98,6 +98,7 @@ def _run(
         group=state.data_parallel_group(),
         clip_grad=args.clip_grad,
         per_token_loss=args.calculate_per_token_loss,
+        per_sample_loss=args.calculate_per_sample_loss,
         replicated=[parameter for _, parameter in plan.ignored],
     )
     schedule = schedule_from(args, engine.optimizer)
@@ -163,6 +164,7 @@ def _prepare_args(provider: Callable[..., Any] | None, defaults: dict[str, Any])
     # model.json may choose the loss as well; from here on there is one place to ask.
     model_loss = args.mm.model.get("loss_cfg", {}) if args.mm_model else {}
     args.calculate_per_token_loss |= model_loss.get("loss_type") == "per_token_loss"
+    args.calculate_per_sample_loss |= model_loss.get("loss_type") == "per_sample_loss"
     args.params_dtype = _DTYPES[args.params_dtype_name]
     set_args(args)
     return args, notes
