@@ -21,7 +21,7 @@ class LossResult:
 
     Attributes:
         loss: the mean, or the sum over ``num_tokens`` when that is given.
-        num_tokens: number of target tokens behind a summed loss, an integer scalar; None for a mean.
+        num_tokens: number of target tokens, or of samples, behind a summed loss, a scalar; None for a mean.
         report: what is logged.
     """
 
@@ -60,7 +60,7 @@ def read_loss(result: Any, *, per_token_loss: bool) -> LossResult:
 
     Args:
         result: what ``loss_func`` returned.
-        per_token_loss: a sum is divided by the tokens of the global batch, not by its own.
+        per_token_loss: a sum is divided by the number in the global batch, not by its own.
 
     Raises:
         UserError: the value has none of these forms.

@@ -128,6 +128,7 @@ class TransformersModel(MultiModalModule):
         Returns:
             ``loss``, a scalar, reduced as ``loss_cfg.loss_type`` says; ``loss_mask``, (B, S) bool, the positions
             that predict a target; for ``per_token_loss``, where ``loss`` is a sum, ``token_nums``, int64 scalar;
+            for ``per_sample_loss``, where it is a mean, ``sample_nums``, int64 scalar, the samples it is the mean of;
             with a router loss, ``aux_loss``, scalar: times its coefficient, and times ``token_nums`` where ``loss``
             is a sum, it is already part of ``loss``.
         """

@@ -37,6 +37,7 @@ def build_engine(args: Namespace, provider: Callable[..., Any]) -> tuple[FSDP2En
         group=state.data_parallel_group(),
         clip_grad=args.clip_grad,
         per_token_loss=args.calculate_per_token_loss,
+        per_sample_loss=args.calculate_per_sample_loss,
         replicated=[parameter for _, parameter in plan.ignored],
     )
     return engine, groups

@@ -184,6 +184,7 @@ def _prepare_args(provider: Callable[..., Any] | None, defaults: dict[str, Any])
     # model.json may choose the loss as well; from here on there is one place to ask.
     model_loss = args.mm.model.get("loss_cfg", {}) if args.mm_model else {}
     args.calculate_per_token_loss |= model_loss.get("loss_type") == "per_token_loss"
+    args.calculate_per_sample_loss |= model_loss.get("loss_type") == "per_sample_loss"
     args.params_dtype = _DTYPES[args.params_dtype_name]
     if road_of(args) == "megatron" and args.mm_model:
         apply_layout(args, args.mm.model)
