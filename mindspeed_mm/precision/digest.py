@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 
 import numpy as np
@@ -43,10 +43,11 @@ def unnoticed(device: torch.device) -> Iterator[None]:
 
     Among these is selective recompute, which would take the outputs of a digest for those of the layer.
     """
+    has_autocast = torch.amp.is_autocast_available(device.type)
     with (
         torch.no_grad(),
         _disable_current_modes(),
-        torch.autocast(device.type, enabled=False),
+        torch.autocast(device.type, enabled=False) if has_autocast else nullcontext(),
         accelerator.full_float32(),
     ):
         yield

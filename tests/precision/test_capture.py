@@ -1,4 +1,4 @@
-"""What recording leaves behind: nothing when off, whole files when killed, tensors when they are asked for."""
+"""What recording leaves behind: nothing when off, whole files when killed, tensors when asked for."""
 
 from __future__ import annotations
 
