@@ -242,7 +242,8 @@ def _our_manifest(path: Path, content: Mapping[str, Any]) -> Iterator[Source]:
     start = content["starts"][-1] if "starts" in content else content
     arguments, effective = dict(start.get("arguments", {})), start.get("effective", {})
     if settings := effective.get("settings"):
-        yield Source("effective", str(path), settings)
+        ranks = {"world_size": start["world_size"]} if "world_size" in start else {}
+        yield Source("effective", str(path), {**settings, **ranks})
     if variables := effective.get("environment"):
         yield Source("environment", str(path), variables, complete=True)
     if config := effective.get("config"):

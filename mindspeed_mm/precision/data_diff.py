@@ -63,16 +63,20 @@ def judge_data(reference: list[Placed], candidate: list[Placed], decode: Decode 
     if not steps:
         verdict.undecided = "the records have no step in common"
         return verdict
-    reference, candidate = _identified(reference, candidate)
-    verdict.findings += _order(reference, candidate, steps, verdict)
+    reference, candidate, blind = _identified(reference, candidate)
+    verdict.findings += _order(reference, candidate, steps, verdict, blind)
     verdict.findings += _contents(reference, candidate, verdict)
     verdict.findings += _changed_tokens(reference, candidate, decode)
     verdict.notes.append(f"{len(reference)} and {len(candidate)} samples, {len(steps)} steps in common")
     return verdict
 
 
-def _identified(reference: list[Placed], candidate: list[Placed]) -> tuple[list[Placed], list[Placed]]:
-    """Give samples their keys. One in the place of another with the same tokens is that sample, changed."""
+def _identified(reference: list[Placed], candidate: list[Placed]) -> tuple[list[Placed], list[Placed], list[str]]:
+    """Give samples their keys. One in the place of another with the same tokens is that sample, changed.
+
+    Returns:
+        Both sides, and the fields that would tell samples with the same tokens apart, if they ever agreed.
+    """
     sides = [Counter(p.sample.id for p in samples) for samples in (reference, candidate)]
     repeated = {id_ for side in sides for id_, count in side.items() if count > 1}
     both = [p.sample.fields for p in (*reference, *candidate)]
@@ -90,16 +94,23 @@ def _identified(reference: list[Placed], candidate: list[Placed]) -> tuple[list[
         mine = at.get((p.step, p.place))
         if mine and not known[p.key] and not there[mine.key] and mine.sample.id == p.sample.id:
             theirs[i] = replace(p, key=mine.key)
-    return ours, theirs
+    return ours, theirs, [name for name in common if name not in telling] if repeated else []
 
 
 def _order(
-    reference: list[Placed], candidate: list[Placed], steps: Sequence[int], verdict: Verdict
+    reference: list[Placed], candidate: list[Placed], steps: Sequence[int], verdict: Verdict, blind: list[str]
 ) -> Iterator[Finding]:
     wrong = [step for step in steps if _ids(reference, step) != _ids(candidate, step)]
     if not wrong:
         if any(_in_order(reference, step) != _in_order(candidate, step) for step in steps):
             verdict.notes.append("samples come in another order within a global batch, which changes only rounding")
+        return
+    if blind:
+        text = (
+            f"many samples have the same tokens, and {', '.join(blind)} agrees in none: either other samples, or the "
+            "same ones made otherwise"
+        )
+        yield _finding("samples", wrong[0], text, _SAMPLER)
         return
     if shift := _shift(reference, candidate):
         size = sum(p.step == steps[0] for p in reference)
