@@ -35,6 +35,8 @@ def prepare_megatron_layers() -> str:
     load_megatron_core()
     # Its own words about what it falls back to, once for each config and each model.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    # Newer releases of torch have other names for two collectives that it calls.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r".torch\.distributed\.\w+. is deprecated")
     version = sys.modules["megatron.core"].__version__
     if is_cpu():
         with _without_compile():

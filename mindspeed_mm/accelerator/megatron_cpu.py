@@ -16,7 +16,6 @@ import functools
 import importlib
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -47,10 +46,8 @@ STAND_INS: dict[str, frozenset[str]] = {
     "transformer.moe.moe_utils": frozenset({"zeros"}),
     # :90: weights of the router; :169: the biases of its experts
     "transformer.moe.router": frozenset({"current_device"}),
-    # :445, :871, :874: the copies of the splits, on a stream of their own
-    "transformer.moe.token_dispatcher": frozenset({"Stream", "current_stream", "stream"}),
-    # :123, :162, :163: --moe-shared-expert-overlap only
-    "transformer.moe.shared_experts": frozenset({"Stream", "current_stream", "stream"}),
+    # :445, :871: the copies of the splits, on a stream of their own
+    "transformer.moe.token_dispatcher": frozenset({"Stream", "current_stream"}),
 }
 """Modules of megatron-core and what of torch, or of torch.cuda, they use of it."""
 
@@ -81,12 +78,11 @@ class _Stream:
 
 
 _STREAM = _Stream()
-_CUDA: dict[str, Any] = {
+CUDA: dict[str, Any] = {
     "current_device": lambda: _CPU,
     "synchronize": lambda *_: None,
     "Stream": lambda *_, **__: _STREAM,
     "current_stream": lambda *_: _STREAM,
-    "stream": lambda _: nullcontext(),
     "get_rng_state": lambda *_: torch.get_rng_state(),
     "manual_seed": torch.manual_seed,
 }
@@ -144,8 +140,8 @@ def answer_for_cuda(leave_out: str | None = None) -> None:
     for name in (STAND_INS.keys() | NAMES.keys()) - {leave_out}:
         module = importlib.import_module(f"megatron.core.{name}")
         if names := STAND_INS.get(name):
-            own = {key: _on_cpu(getattr(torch, key)) for key in names - _CUDA.keys()}
-            cuda = _Module(torch.cuda, **{key: _CUDA[key] for key in names & _CUDA.keys()})
+            own = {key: _on_cpu(getattr(torch, key)) for key in names - CUDA.keys()}
+            cuda = _Module(torch.cuda, **{key: CUDA[key] for key in names & CUDA.keys()})
             vars(module)["torch"] = _Module(torch, **own, cuda=cuda)
         vars(module).update(NAMES.get(name, {}))
     if leave_out != TENSOR_CUDA:

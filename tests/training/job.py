@@ -37,8 +37,14 @@ _TOKENS = {
 }
 
 
-def save_tiny_hf_folder(family: str, folder: Path) -> Path:
-    """Write a whole HF folder: processor, config with the processor's token ids, weights."""
+def save_tiny_hf_folder(family: str, folder: Path, vocabulary: int | None = None) -> Path:
+    """Write a whole HF folder: processor, config with the processor's token ids, weights.
+
+    Args:
+        family: see ``tests.models.tiny``.
+        folder: where to.
+        vocabulary: words of the model, default as many as the tokenizer has.
+    """
     import torch
     import transformers
 
@@ -48,7 +54,7 @@ def save_tiny_hf_folder(family: str, folder: Path) -> Path:
     config = tiny_config(family)
     for name, token in _TOKENS[family].items():
         setattr(config, name, tokenizer.convert_tokens_to_ids(token))
-    config.text_config.vocab_size = len(tokenizer)
+    config.text_config.vocab_size = vocabulary or len(tokenizer)
     torch.manual_seed(0)
     model_class = getattr(transformers, config.architectures[0])
     model_class._from_config(config, dtype=torch.float32).save_pretrained(folder)
