@@ -18,7 +18,6 @@ from tests.ranks import RankPool
 LIMIT = 1e-5
 ULYSSES, RING = {"cp_comm_type": "a2a"}, {"cp_comm_type": "p2p"}
 HYBRID = {"cp_comm_type": "a2a+p2p", "hierarchical_context_parallel_sizes": [2, 2]}
-MOE_SP = {"sequence_parallel": True}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +38,7 @@ def compare(
     batch = batch_of(family, length)
     loss, _, right = vlm.oracle(family, batch)
     vlm.start(**sizes)
-    model = vlm.build(folder, megatron=megatron, loss_cfg={"loss_type": loss_type})
+    (model,) = vlm.build(folder, megatron=megatron, loss_cfg={"loss_type": loss_type})
     result = model(**batch)["loss_dict"]
     ours = result["loss"] / sizes.get("context", 1)
     if loss_type == "per_token_loss":
