@@ -124,10 +124,13 @@ def state_diff(
     tolerance: Annotated[float, typer.Option(min=0.0, help="Relative L2 distance that is allowed.")] = 0.0,
     out: _Out = None,
 ) -> None:
-    """Compare weights and optimizer state: checkpoints, DCP, Hugging Face and Megatron folders, tensor by tensor."""
+    """Compare weights and optimizer state: checkpoints, DCP, Hugging Face and Megatron folders, records."""
     from mindspeed_mm.checkpoint.compare import differences
-    from mindspeed_mm.precision.state_diff import judge_state
+    from mindspeed_mm.precision.record import Record
+    from mindspeed_mm.precision.state_diff import is_record, judge_records, judge_state
 
+    if is_record(reference) and is_record(candidate):
+        answer(judge_records(Record.open(reference), Record.open(candidate), tolerance), out)
     answer(judge_state(*differences(reference, candidate, weights_only=weights_only), tolerance), out)
 
 
@@ -161,6 +164,54 @@ def env(
     verdict = judge_environment(rows, side, deterministic)
     verdict.notes += limits
     answer(verdict, out)
+
+
+@app.command()
+def report(
+    reference: _Record,
+    candidate: _Record,
+    out: Annotated[Path, typer.Option(help="Folder for report.html and verdict.json.")],
+    verdict: Annotated[
+        list[Path] | None, typer.Option(help="The --out folder of a check made before. Repeatable.")
+    ] = None,
+    min_steps: Annotated[int, typer.Option(min=1, help="As for curve.")] = 1000,
+) -> None:
+    """Put all that two runs' folders tell on one HTML page: curves, the first difference on the module tree, settings.
+
+    The page needs no other file and no network.
+    """
+    from mindspeed_mm.precision.report import collect, page
+
+    found = collect(reference, candidate, verdict or [], min_steps)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.html").write_text(page(found), encoding="utf-8")
+    print(f"wrote {out / 'report.html'}")
+    answer(found.whole, out)
+
+
+@app.command("import-msprobe")
+def import_msprobe(
+    dump: Annotated[Path, typer.Argument(help="Its dump_path, a step's folder or a dump.json.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the record, to be a reference of compare.")],
+    rank: Annotated[int, typer.Option(min=0, help="Which process's dump.")] = 0,
+) -> None:
+    """Make a reference of what msprobe dumped. Its statistics allow a comparison by norms only."""
+    from mindspeed_mm.precision import msprobe
+
+    steps = msprobe.import_msprobe(dump, out, rank)
+    print(f"wrote {out}: steps {', '.join(map(str, steps))}\nnote: {msprobe.DEGRADED}")
+
+
+@app.command("export-msprobe")
+def export_msprobe(
+    record: _Record,
+    out: Annotated[Path, typer.Argument(help="Folder to write: step0/rank0/dump.json and so on.")],
+) -> None:
+    """Write a record as msprobe would have dumped it, for its graph viewer."""
+    from mindspeed_mm.precision import msprobe
+    from mindspeed_mm.precision.record import Record
+
+    print(f"wrote {msprobe.export_msprobe(Record.open(record), out)} steps to {out}")
 
 
 def _pairs(flag: str, given: list[str] | None) -> dict[str, str]:

@@ -20,6 +20,7 @@ READ_HERE = frozenset(
         "swiglu",
         "group_query_attention",
         "average_tokens_across_devices",
+        "train_sampling_strategy",
         "model.loss_cfg.loss_type",
         "calculate_per_token_loss",
         "calculate_per_sample_loss",
@@ -38,7 +39,7 @@ _ABSENT = object()
 def derive(settings: Mapping[str, _Setting], raw: Raw) -> Iterator[Found]:
     """Yield ``(key, value, origin)`` for what is not set, or is "none" by the files, and follows from what is set."""
     values: dict[str, Any] = {name: setting.value for name, setting in settings.items()}
-    for rule in (_model, _layout, _batches, _duration, _schedule, _clipping, _formats, _loss):
+    for rule in (_model, _order, _layout, _batches, _duration, _schedule, _clipping, _formats, _loss):
         for key, value in rule(_Known(values), raw):
             if value is not None and values.get(key, _ABSENT) in (None, _ABSENT):
                 values[key] = value
@@ -82,6 +83,11 @@ def _model(known: _Known, raw: Raw) -> Iterator[tuple[str, Any]]:
         factor = mindspore.get("model_config.ffn_dim_multiplier")
         width = int(2 * (int((factor + 0.01) * 4 * hidden) if factor else 4 * hidden) / 3)
         yield "ffn_hidden_size", float(math.ceil(width / multiple) * multiple)
+
+
+def _order(known: _Known, raw: Raw) -> Iterator[tuple[str, Any]]:
+    if "hf" in raw:
+        yield "shuffled", str(raw["hf"].get("train_sampling_strategy", "random")) != "sequential"
 
 
 def _layout(known: _Known, raw: Raw) -> Iterator[tuple[str, Any]]:
@@ -165,6 +171,7 @@ def _loss(known: _Known, raw: Raw) -> Iterator[tuple[str, Any]]:
             chosen = str(raw[system].get("model.loss_cfg.loss_type", "default"))
             yield "loss_reduction", {"per_token_loss": "token", "per_sample_loss": "sample"}.get(chosen)
             yield "loss_reduction", next((how for how, flag in by.items() if is_on(raw[system], flag)), "micro_batch")
-    if "hf" in raw:
+    # Trainer counts the tokens of the global batch only for classes that take their number: those without a tower.
+    if "hf" in raw and not any(name.startswith("vision_config.") for name in raw.get("config", ())):
         whole = raw["hf"].get("average_tokens_across_devices", True)
         yield "loss_reduction", "token" if str(whole).lower() not in ("false", "['false']") else "token_of_rank"

@@ -84,6 +84,7 @@ def understand(sources: Sequence[Source], given: Mapping[str, str] | None = None
         _defaults(side, source, overridden)
     _derive(side, raw)  # from the defaults, more follows
     _drop_overridden(side)
+    _drop_unread(side)
     for source in ordered:
         if source.unreadable:
             side.notes.append(f"{source.place}: the values of {', '.join(source.unreadable)} come from outside of it")
@@ -102,6 +103,19 @@ def _drop_overridden(side: Side) -> set[str]:
         if not side.value(name) or name == "epochs":
             side.settings.pop(name, None)
     return dropped
+
+
+def _drop_unread(side: Side) -> None:
+    """Forget what nothing reads with these settings: adapters without targets, the momentum of an AdamW."""
+    unread = set()
+    if not side.value("lora_target_modules"):
+        unread |= {"lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules"}
+    if side.value("optimizer") != "sgd":
+        unread.add("sgd_momentum")
+    if side.value("weight_decay_course") == "constant":
+        unread |= {"weight_decay_first", "weight_decay_last"}
+    for name in unread:
+        side.settings.pop(name, None)
 
 
 def _declared(side: Side, source: Source) -> None:

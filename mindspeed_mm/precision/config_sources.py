@@ -83,8 +83,11 @@ def _read(path: Path) -> Iterator[Source]:
     if path.is_dir():
         for name in ("run_manifest.json", "precision/manifest.json", "manifest.json"):
             if (path / name).is_file():
-                yield from _read_file(path / name)
-                return
+                found = list(_read_file(path / name))
+                yield from found
+                if any(source.system == "ours" for source in found):
+                    return
+                break  # another trainer's record; its files lie beside it
         files = dict.fromkeys(file for pattern in _FILES_OF_A_RUN for file in sorted(path.glob(pattern)))
         for file in files:
             if not (file.suffix == ".bin" and file.with_suffix(".json") in files):
@@ -237,12 +240,20 @@ def _training_args(path: Path) -> dict[str, Any]:
 
 def _our_manifest(path: Path, content: Mapping[str, Any]) -> Iterator[Source]:
     start = content["starts"][-1] if "starts" in content else content
-    arguments = dict(start.get("arguments", {}))
+    arguments, effective = dict(start.get("arguments", {})), start.get("effective", {})
+    if settings := effective.get("settings"):
+        ranks = {"world_size": start["world_size"]} if "world_size" in start else {}
+        yield Source("effective", str(path), {**settings, **ranks})
+    if variables := effective.get("environment"):
+        yield Source("environment", str(path), variables, complete=True)
+    if config := effective.get("config"):
+        yield Source("config", str(path), flatten(config), complete=True)
+    if not arguments:  # another trainer's record
+        return
     configs = flatten({name: value for name, value in start.get("configs", {}).items() if name in _OUR_FILES.values()})
     yield Source("ours", str(path), {**_effective_flags(arguments), **configs}, complete=True)
-    if settings := start.get("effective", {}).get("settings"):
-        yield Source("effective", str(path), settings)
-    yield from _model_of(path, configs)
+    if not effective.get("config"):
+        yield from _model_of(path, configs)
 
 
 def _effective_flags(arguments: dict[str, Any]) -> dict[str, Any]:

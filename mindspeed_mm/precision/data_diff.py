@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mindspeed_mm.precision.finding import Finding, Verdict
 from mindspeed_mm.precision.record import Record, SampleFingerprint
@@ -21,11 +21,16 @@ Decode = Callable[[Sequence[int]], str]
 
 @dataclass(frozen=True)
 class Placed:
-    """A sample and where it was trained on: its step, and its place in the order of all recorded samples."""
+    """A sample and where it was trained on: its step, and its place in the order of all recorded samples.
+
+    Attributes:
+        key: what tells it apart: its tokens; where several samples have the same ones, its other fields as well.
+    """
 
     step: int
     place: int
     sample: SampleFingerprint
+    key: str = ""
 
     def __str__(self) -> str:
         """Return how people find it."""
@@ -58,20 +63,54 @@ def judge_data(reference: list[Placed], candidate: list[Placed], decode: Decode 
     if not steps:
         verdict.undecided = "the records have no step in common"
         return verdict
-    verdict.findings += _order(reference, candidate, steps, verdict)
+    reference, candidate, blind = _identified(reference, candidate)
+    verdict.findings += _order(reference, candidate, steps, verdict, blind)
     verdict.findings += _contents(reference, candidate, verdict)
     verdict.findings += _changed_tokens(reference, candidate, decode)
     verdict.notes.append(f"{len(reference)} and {len(candidate)} samples, {len(steps)} steps in common")
     return verdict
 
 
+def _identified(reference: list[Placed], candidate: list[Placed]) -> tuple[list[Placed], list[Placed], list[str]]:
+    """Give samples their keys. One in the place of another with the same tokens is that sample, changed.
+
+    Returns:
+        Both sides, and the fields that would tell samples with the same tokens apart, if they ever agreed.
+    """
+    sides = [Counter(p.sample.id for p in samples) for samples in (reference, candidate)]
+    repeated = {id_ for side in sides for id_, count in side.items() if count > 1}
+    both = [p.sample.fields for p in (*reference, *candidate)]
+    common = sorted(set.intersection(*(set(fields) for fields in both)))
+    # A field that never agrees tells nothing apart: it is made in another way.
+    telling = [n for n in common if {p.sample.fields[n] for p in reference} & {p.sample.fields[n] for p in candidate}]
+
+    def key(p: Placed) -> str:
+        return p.sample.id + ("".join(f"|{p.sample.fields[n]}" for n in telling) if p.sample.id in repeated else "")
+
+    ours = [replace(p, key=key(p)) for p in reference]
+    theirs = [replace(p, key=key(p)) for p in candidate]
+    at, known, there = {(p.step, p.place): p for p in ours}, _counts(ours), _counts(theirs)
+    for i, p in enumerate(theirs):
+        mine = at.get((p.step, p.place))
+        if mine and not known[p.key] and not there[mine.key] and mine.sample.id == p.sample.id:
+            theirs[i] = replace(p, key=mine.key)
+    return ours, theirs, [name for name in common if name not in telling] if repeated else []
+
+
 def _order(
-    reference: list[Placed], candidate: list[Placed], steps: Sequence[int], verdict: Verdict
+    reference: list[Placed], candidate: list[Placed], steps: Sequence[int], verdict: Verdict, blind: list[str]
 ) -> Iterator[Finding]:
     wrong = [step for step in steps if _ids(reference, step) != _ids(candidate, step)]
     if not wrong:
         if any(_in_order(reference, step) != _in_order(candidate, step) for step in steps):
             verdict.notes.append("samples come in another order within a global batch, which changes only rounding")
+        return
+    if blind:
+        text = (
+            f"many samples have the same tokens, and {', '.join(blind)} agrees in none: either other samples, or the "
+            "same ones made otherwise"
+        )
+        yield _finding("samples", wrong[0], text, _SAMPLER)
         return
     if shift := _shift(reference, candidate):
         size = sum(p.step == steps[0] for p in reference)
@@ -82,8 +121,8 @@ def _order(
         return
     ours, theirs = _counts(reference), _counts(candidate)
     if ours == theirs:
-        moved = next(p for p in candidate if p.step == wrong[0] and p.sample.id not in _ids(reference, wrong[0]))
-        home = next(p for p in reference if p.sample.id == moved.sample.id)
+        moved = next(p for p in candidate if p.step == wrong[0] and p.key not in _ids(reference, wrong[0]))
+        home = next(p for p in reference if p.key == moved.key)
         text = f"all samples are there, but in other steps: {moved} is in step {home.step} of the reference"
         yield _finding("order", wrong[0], text, _SAMPLER)
         return
@@ -92,12 +131,12 @@ def _order(
 
 def _absent(reference: list[Placed], candidate: list[Placed], step: int) -> Iterator[Finding]:
     ours, theirs = _counts(reference), _counts(candidate)
-    twice = [p for p in candidate if theirs[p.sample.id] > max(ours[p.sample.id], 1)]
+    twice = [p for p in candidate if theirs[p.key] > max(ours[p.key], 1)]
     if twice:
-        text = f"{len({p.sample.id for p in twice})} samples are there more often than in the reference: {_some(twice)}"
+        text = f"{len({p.key for p in twice})} samples are there more often than in the reference: {_some(twice)}"
         yield _finding("duplicates", twice[0].step, text, _SAMPLER)
-    missing = [p for p in reference if not theirs[p.sample.id]]
-    foreign = [p for p in candidate if not ours[p.sample.id]]
+    missing = [p for p in reference if not theirs[p.key]]
+    foreign = [p for p in candidate if not ours[p.key]]
     if missing and not foreign:
         count = len(missing)
         where = ""
@@ -117,11 +156,11 @@ def _absent(reference: list[Placed], candidate: list[Placed], step: int) -> Iter
 
 def _contents(reference: list[Placed], candidate: list[Placed], verdict: Verdict) -> Iterator[Finding]:
     """Compare the fields of samples with the same tokens."""
-    ours = {p.sample.id: p for p in reference}
+    ours = {p.key: p for p in reference}
     apart: dict[str, list[Placed]] = {}
     one_sided: set[str] = set()
     for other in candidate:
-        mine = ours.get(other.sample.id)
+        mine = ours.get(other.key)
         if mine is None:
             continue
         fields, others = mine.sample.fields, other.sample.fields
@@ -139,8 +178,8 @@ def _contents(reference: list[Placed], candidate: list[Placed], verdict: Verdict
 def _changed_tokens(reference: list[Placed], candidate: list[Placed], decode: Decode | None) -> Iterator[Finding]:
     """Where both sides have a strange sample at the same place, show where their tokens part."""
     ours, theirs = _counts(reference), _counts(candidate)
-    at = {(p.step, p.place): p for p in reference if not theirs[p.sample.id]}
-    pairs = [(at[p.step, p.place], p) for p in candidate if not ours[p.sample.id] and (p.step, p.place) in at]
+    at = {(p.step, p.place): p for p in reference if not theirs[p.key]}
+    pairs = [(at[p.step, p.place], p) for p in candidate if not ours[p.key] and (p.step, p.place) in at]
     if not pairs or not (pairs[0][0].sample.tokens and pairs[0][1].sample.tokens):
         return
     mine, other = pairs[0]
@@ -159,9 +198,9 @@ def _excerpt(tokens: Sequence[int], place: int, decode: Decode | None) -> str:
 def _shift(reference: list[Placed], candidate: list[Placed]) -> int:
     """Return by how many samples the candidate is behind; 0 where that is not one number."""
     ours, theirs = _counts(reference), _counts(candidate)
-    places = {p.sample.id: p.place for p in reference if ours[p.sample.id] == 1}
-    known = [p for p in candidate if theirs[p.sample.id] == 1 and p.sample.id in places]
-    distances = Counter(p.place - places[p.sample.id] for p in known)
+    places = {p.key: p.place for p in reference if ours[p.key] == 1}
+    known = [p for p in candidate if theirs[p.key] == 1 and p.key in places]
+    distances = Counter(p.place - places[p.key] for p in known)
     if len(known) < 2:
         return 0
     distance, count = distances.most_common(1)[0]
@@ -174,11 +213,11 @@ def _ids(samples: list[Placed], step: int) -> Counter[str]:
 
 
 def _in_order(samples: list[Placed], step: int) -> list[str]:
-    return [p.sample.id for p in samples if p.step == step]
+    return [p.key for p in samples if p.step == step]
 
 
 def _counts(samples: list[Placed]) -> Counter[str]:
-    return Counter(p.sample.id for p in samples)
+    return Counter(p.key for p in samples)
 
 
 def _some(samples: Sequence[Placed]) -> str:

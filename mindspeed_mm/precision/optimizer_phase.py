@@ -51,11 +51,11 @@ def declared(pair: Pair, command: str) -> list[Finding]:
     ours, theirs = settings(pair.reference), settings(pair.candidate)
     for name, (expected, value, parameters) in differences(ours, theirs).items():
         text = f"{name} is {value}, in the reference {expected}, for {len(parameters)} of {len(ours)} parameters"
-        found.append(_finding(pair, name, parameters, ours, text, command))
+        found.append(finding(pair, name, parameters, ours, text, command))
     for only, others, who in ((ours, theirs, "the reference"), (theirs, ours, "the candidate")):
         if ours and theirs and (names := sorted(only.keys() - others.keys())):
             text = f"only {who}'s optimizer has {len(names)} parameters: {', '.join(names[:3])}"
-            found.append(_finding(pair, "parameter groups", names, ours, text, command))
+            found.append(finding(pair, "parameter groups", names, ours, text, command))
     return found
 
 
@@ -94,12 +94,13 @@ def _replayed(pair: Pair, explanation: Explanation, expected: Mapping[str, Setti
     if explanation.causes and explanation.unexplained:
         why += f"; {len(explanation.unexplained)} parameters remain unexplained"
     text = f"{what} of {len(names)} of {len(expected)} parameters is not what the reference's setting makes of the "
-    return _finding(pair, what, names, expected, f"{text}same inputs: {why}", command)
+    return finding(pair, what, names, expected, f"{text}same inputs: {why}", command)
 
 
-def _finding(
+def finding(
     pair: Pair, what: str, names: list[str] | tuple[str, ...], known: Mapping[str, Setting], text: str, command: str
 ) -> Finding:
+    """Return a finding about some parameters' optimizer step."""
     from mindspeed_mm.precision.compare import common_site
 
     site = common_site(names, list(known))
@@ -124,7 +125,7 @@ def _linear(
         if off:
             text = f"{state} of {len(off)} of {len(expected)} parameters does not follow from its gradient by the "
             text += f"reference's setting: {next(iter(off.values()))}"
-            return [_finding(pair, state, list(off), expected, text, command)]
+            return [finding(pair, state, list(off), expected, text, command)]
     return []
 
 
@@ -175,7 +176,7 @@ def _sizes(pair: Pair, command: str) -> list[Finding]:
         return []
     ratio = median(gaps[site][2] for site in off)
     text = f"the updates of {len(off)} of {len(gaps)} parameters are about {ratio:.4g} times the reference's in size"
-    return [_finding(pair, "update", off, dict.fromkeys(gaps, Setting()), text, command)]
+    return [finding(pair, "update", off, dict.fromkeys(gaps, Setting()), text, command)]
 
 
 def _state(step: StepRecord, name: str, when: str = "") -> dict[str, Tensor]:

@@ -81,7 +81,7 @@ class Cause:
     limited: bool
 
     def __str__(self) -> str:
-        what = f"{_WORDS.get(self.name, self.name)}: {_show(self.found)} instead of {_show(self.expected)}"
+        what = f"{_WORDS.get(self.name, self.name)}: {show(self.found)} instead of {show(self.expected)}"
         where = f" in the parameter groups of {len(self.parameters)} parameters" if self.limited else ""
         return what + where + (", as its parameter groups say" if self.declared else ", found by replay")
 
@@ -375,5 +375,6 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
+    """Return a setting's value as it is written in a sentence."""
     return f"{value:.6g}" if isinstance(value, float) else str(value)

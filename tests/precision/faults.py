@@ -86,7 +86,12 @@ def mask_off_by_one(model: Any) -> None:
 
 def embedding_in_bf16(model: Any) -> None:
     embed = model.model.language_model.embed_tokens
-    embed.forward = lambda ids: F.embedding(ids, embed.weight.bfloat16()).to(embed.weight.dtype)
+
+    def forward(ids: Tensor) -> Tensor:
+        other = torch.bfloat16 if embed.weight.dtype == torch.float32 else torch.float32
+        return F.embedding(ids, embed.weight.to(other)).to(torch.float32)
+
+    embed.forward = forward
 
 
 def permuted_heads(model: Any) -> None:
@@ -154,6 +159,14 @@ def partial_norm() -> Iterator[None]:
         yield
 
 
+def vision_left_to_itself(job: Job) -> None:
+    job.yaml = {
+        **job.yaml,  # type: ignore[dict-item]
+        "sub_modules_to_wrap": ["model.language_model.layers.{*}"],
+        "ignored_modules": ["model.visual"],
+    }
+
+
 @contextlib.contextmanager
 def vision_not_reduced() -> Iterator[None]:
     """The vision tower is left out of the reduction: each rank keeps its own gradient, as if it were the global one."""
@@ -173,7 +186,9 @@ FAULTS: dict[str, Fault] = {
     "F02 decay of biases and norms": Fault("optimizer", "update.*", job=flags(weight_decay_all=True), evidence="decay"),
     "F03 rope in bf16": Fault("forward", r"model\.language_model\.rotary_emb", model=rope_in_bf16),
     "F04 mean of micro-batch means": Fault("loss", "loss", job=mean_of_means),
-    "F05 vision tower not reduced": Fault("grad_reduced", r"model\.visual.*", program=vision_not_reduced, ranks=2),
+    "F05 vision tower not reduced": Fault(
+        "grad_reduced", r"model\.visual.*", job=vision_left_to_itself, program=vision_not_reduced, ranks=2
+    ),
     "F06 mask off by one": Fault("forward", rf"{LAYERS}\.1\.self_attn", model=mask_off_by_one),
     "F07 stale sampler": Fault("data", "samples", step=1, job=stale_sampler),
     "F08 embedding in bf16": Fault("forward", r"model\.language_model\.embed_tokens", model=embedding_in_bf16),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mindspeed_mm.precision.data_diff import Placed, judge_data
-from mindspeed_mm.precision.record import RankStep, RecordWriter, SampleFingerprint
+from mindspeed_mm.precision.record import Key, RankStep, RecordWriter, SampleFingerprint
 from tests.precision.command import run
 
 PER_STEP = 4
@@ -208,3 +208,41 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
     torch.save({"model": {}, "code": print}, folder / "iter_0000007/mp_rank_00/model_optim_rng.pt")
     code, text = run("state-diff", folder, folder)
     assert code == 2 and "without running code" in text
+
+
+def test_records_are_compared_by_what_they_hold_of_the_weights(tmp_path: Path) -> None:
+    from tests.precision.test_msprobe import sketch_of
+
+    def write(name: str, tensors: dict[str, torch.Tensor]) -> Path:
+        writer = RecordWriter(tmp_path / name)
+        writer.start({})
+        entries = {Key("weights", site, "parameter"): sketch_of(tensor) for site, tensor in tensors.items()}
+        writer.write(0, RankStep(entries=entries))
+        return tmp_path / name
+
+    weights = {"a.weight": torch.randn(3, 4), "b.weight": torch.randn(5)}
+    reference = write("reference", weights)
+    assert run("state-diff", reference, write("same", weights))[0] == 0
+    code, text = run("state-diff", reference, write("scaled", {**weights, "b.weight": weights["b.weight"] * 1.1}))
+    assert code == 1 and "weights, b.weight: parameter: relative distance" in text
+    code, text = run("state-diff", reference, write("less", {"a.weight": weights["a.weight"]}))
+    assert code == 1 and "only in the reference" in text
+
+
+def test_samples_with_the_same_tokens_are_told_apart_by_their_pictures() -> None:
+    """Ten digits have ten answers: most samples of a batch have the tokens of another."""
+    found = [
+        SampleFingerprint(f"{i % 3}", {"input_ids": f"{i % 3}", "labels": f"{i % 3}", "pixel_values": f"{i}"})
+        for i in range(24)
+    ]
+    assert judge_data(in_steps(found), in_steps(found)).exit_code == 0
+    assert "4 samples, 1 steps earlier" in str(judge_data(in_steps(found), in_steps(found[4:])).first)
+    changed = copy.deepcopy(found)
+    changed[6].fields["pixel_values"] = "other"
+    first = judge_data(in_steps(found), in_steps(changed)).first
+    assert first is not None and first.site == "pixel_values" and first.step == 1
+    all_changed = copy.deepcopy(found)
+    for sample in all_changed:
+        sample.fields["pixel_values"] += "x"
+    first = judge_data(in_steps(found), in_steps(all_changed)).first
+    assert first is not None and first.site == "pixel_values"
