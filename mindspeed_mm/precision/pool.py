@@ -65,7 +65,8 @@ class StepPool:
             made = self._remember(
                 placed.local, (tuple(placed.offset or ()),), None, lambda: _of_parameter(placed, value)
             )
-        self._append(key, made, copy=self._is_copy(placed) if summed else placed.copy, summed=summed)
+        is_copy = self._is_copy(placed) if summed else placed.copy
+        self._append(key, made, copy=is_copy, summed=summed or placed.partial, estimated=placed.partial)
 
     def alias(self, key: Key, other: Key) -> None:
         """Let ``key`` be what was added last under ``other``."""
