@@ -214,6 +214,8 @@ def _contents(
         medium = next((m for m in media if name in (m.key, f"{m.kind}_grid_thw")), None)
         if medium is not None:
             own = medium.owners == sample
+            if not own.any():
+                continue
             if name == medium.key:
                 own = np.repeat(own, medium.sizes)
             contents[name] = _hash(value[torch.from_numpy(own)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 
 import numpy as np
@@ -15,7 +15,7 @@ from mindspeed_mm import accelerator
 from mindspeed_mm.precision.sketch import SIZE
 
 WIDTH = SIZE + 5
-"""Numbers of a digest: the sketch's vector, total, square sum, maximum, minimum, slices that are not finite."""
+"""Numbers of a digest: the sketch's vector, total, square sum, maximum, minimum, pieces that are not finite."""
 
 _BLOCK = 1 << 22  # elements: a 16-bit tensor is widened a piece at a time
 _NARROWEST = 128  # columns, of several dimensions if need be, so that few products have few columns
@@ -43,10 +43,11 @@ def unnoticed(device: torch.device) -> Iterator[None]:
 
     Among these is selective recompute, which would take the outputs of a digest for those of the layer.
     """
+    has_autocast = torch.amp.is_autocast_available(device.type)
     with (
         torch.no_grad(),
         _disable_current_modes(),
-        torch.autocast(device.type, enabled=False),
+        torch.autocast(device.type, enabled=False) if has_autocast else nullcontext(),
         accelerator.full_float32(),
     ):
         yield

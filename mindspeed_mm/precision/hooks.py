@@ -136,7 +136,7 @@ class ModuleHooks:
                 call.tensors[what] = value.detach().clone()
         if value.requires_grad and torch.is_grad_enabled():
             key = Key("backward", site.name, f"grad_{what}{suffix}")
-            rows = rows if rows is None or rows.spread is None else None
+            rows = rows if rows is None or rows.spread is None else None  # a sum over the samples
             value.register_hook(partial(self._see_gradient, key, batch, rows, call))
 
     def _see_gradient(self, key: Key, batch: BatchRows, rows: Rows | None, call: Call | None, gradient: Tensor) -> None:

@@ -92,7 +92,7 @@ def _reduction(step: StepRecord, verdict: Verdict) -> list[Finding]:
         if reduced is None or local.shape != reduced.shape or local.nonfinite or reduced.nonfinite:
             continue
         tolerance = max(_SUMS.get(d, 2e-5) for d in (local.dtype, reduced.dtype))
-        scale = max(local.norm, _NOISE * _neighbours(step, key))
+        scale = max(reduced.norm, _NOISE * _neighbours(step, key))
         found = gap(reduced, local).distance / max(scale, 1e-30)
         verdict.table.append(Measurement(step.step, "grad_reduced", key.site, "sum of local", found, tolerance))
         if found > tolerance:
@@ -163,7 +163,7 @@ def _neighbours(step: StepRecord, key: Key) -> float:
     around = key.site.rpartition(".")[0].rpartition(".")[0]
     sizes = [
         sketch.norm / sketch.count**0.5
-        for other, sketch in step.of_phase("grad_local").items()
+        for other, sketch in step.of_phase("grad_reduced").items()
         if sketch.count and other.site.startswith(around)
     ]
     return max(sizes, default=0.0) * step.entries[key].count ** 0.5

@@ -20,12 +20,14 @@ class Placed:
         shape: of the full tensor.
         part: ``(offset, size)`` in each dimension; None for all of it.
         copy: another rank of the tensor's mesh holds the same and speaks for it.
+        on_mesh: it is a DTensor, which tells who holds what of it.
     """
 
     local: Tensor
     shape: tuple[int, ...]
     part: Part | None
     copy: bool
+    on_mesh: bool = False
 
     @property
     def offset(self) -> list[int] | None:
@@ -44,16 +46,14 @@ def place(tensor: Tensor) -> Placed:
     local, copy = tensor.to_local(), False
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:  # not of this mesh
-        return Placed(local, tuple(tensor.shape), None, True)
-    shards = []
+        return Placed(local, tuple(tensor.shape), None, True, True)
     for dimension, placement in enumerate(tensor.placements):
         if placement.is_replicate():
             copy |= coordinate[dimension] > 0
         elif placement.is_partial() and getattr(placement, "reduce_op", "sum") == "avg":
             local = local / tensor.device_mesh.size(dimension)
-        shards.append(placement)
-    if not any(placement.is_shard() for placement in shards):
-        return Placed(local, tuple(tensor.shape), None, copy)
+    if not any(placement.is_shard() for placement in tensor.placements):
+        return Placed(local, tuple(tensor.shape), None, copy, True)
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     part = tuple((int(start), int(size)) for start, size in zip(offset, shape, strict=True))
-    return Placed(local, tuple(tensor.shape), part, copy)
+    return Placed(local, tuple(tensor.shape), part, copy, True)

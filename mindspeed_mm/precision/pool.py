@@ -53,8 +53,7 @@ class StepPool:
         with unnoticed(value.device):
             placed = place(value)
             made = self._of_activation(placed, value.dtype, batch, rows)
-        is_copy = placed.copy if placed.part is not None or placed.copy else not self._speaks
-        self._append(key, made, copy=is_copy, summed=True)
+        self._append(key, made, copy=self._is_copy(placed), summed=True)
 
     def add_whole(self, key: Key, value: Tensor, *, summed: bool = False) -> None:
         """Add a parameter, or what belongs to one; ``summed``: what ranks hold adds up."""
@@ -63,7 +62,7 @@ class StepPool:
             made = self._remember(
                 placed.local, (tuple(placed.offset or ()),), None, lambda: _of_parameter(placed, value)
             )
-        self._append(key, made, copy=placed.copy or (summed and not self._speaks), summed=summed)
+        self._append(key, made, copy=self._is_copy(placed) if summed else placed.copy, summed=summed)
 
     def alias(self, key: Key, other: Key) -> None:
         """Let ``key`` be what was added last under ``other``."""
@@ -93,6 +92,9 @@ class StepPool:
             )
             for key, items in self._made.items()
         }
+
+    def _is_copy(self, placed: Placed) -> bool:
+        return placed.copy if placed.on_mesh else not self._speaks
 
     def _append(self, key: Key, made: _Made, **about: Any) -> None:
         self._made[key].append(_Made(made.values, {**made.about, **about}))

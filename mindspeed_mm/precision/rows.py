@@ -76,20 +76,19 @@ class BatchRows:
         self._tables: dict[tuple[str, ...], Table] = {}
         self._on_device: dict[int, tuple[Table, Tensor, Tensor | None]] = {}
 
-    def of(self, shape: Sequence[int], *, vision: bool, is_gradient: bool = False) -> Rows | None:
+    def of(self, shape: Sequence[int], *, vision: bool) -> Rows | None:
         """Return what the rows of a tensor of this shape are; None where only their index tells them apart.
 
         Args:
             shape: of the tensor.
             vision: it belongs to a vision tower or what projects its output, where dimensions are patches rather than
                 tokens.
-            is_gradient: what all samples share is a sum over them, and has no rows.
         """
         if self.samples is None or not len(shape):
             return None
         if vision:
             return self._patches(shape)
-        return self._tokens(shape, is_gradient) or self._samples(shape) or self._patches(shape)
+        return self._tokens(shape) or self._samples(shape) or self._patches(shape)
 
     @property
     def knows_tokens(self) -> bool:
@@ -102,7 +101,7 @@ class BatchRows:
             return False
         return shape[-1] == shape[-2] == self.samples.shape[1] != 1
 
-    def _tokens(self, shape: Sequence[int], is_gradient: bool) -> Rows | None:
+    def _tokens(self, shape: Sequence[int]) -> Rows | None:
         assert self.samples is not None
         if self.samples.shape is None:
             return None
@@ -119,7 +118,7 @@ class BatchRows:
             return Rows("token", (0,), table)
         for axis in range(len(shape) - 1):
             if tuple(shape[axis : axis + 2]) == (1, length):
-                return None if is_gradient else Rows("token", (axis, axis + 1), table, (batch, length))
+                return Rows("token", (axis, axis + 1), table, (batch, length))
         return None
 
     def _samples(self, shape: Sequence[int]) -> Rows | None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mindspeed_mm.distributed.grad_norm import clip_by_norm, total_grad_norm
 from mindspeed_mm.precision.capture import Capture
 from mindspeed_mm.precision.perturb import Perturbation
 from mindspeed_mm.precision.plan import CapturePlan
@@ -226,8 +227,8 @@ def build() -> TinyVLM:
     return model
 
 
-def train(folder: Path, recipe: Recipe) -> None:
-    """Train for ``STEPS`` steps and write a record."""
+def train(folder: Path, recipe: Recipe, rank: int = 0, world_size: int = 1) -> None:
+    """Train for ``STEPS`` steps and write a record; several ranks train on the same samples."""
     model = build()
     recipe.change(model)
     groups: list[dict[str, Any]] = [{"params": [], "weight_decay": 0.1}, {"params": [], "weight_decay": 0.0}]
@@ -236,10 +237,11 @@ def train(folder: Path, recipe: Recipe) -> None:
     optimizer = recipe.optimizer([g for g in groups if g["params"]], lr=1e-2, betas=recipe.betas, eps=1e-8)
     if recipe.noise:
         Perturbation(recipe.noise).attach(model)
-    writer = RecordWriter(folder)
-    writer.start({"arguments": {"clip_grad": recipe.clip}})
+    writer = RecordWriter(folder, rank, world_size)
+    if rank == 0:
+        writer.start({"arguments": {"clip_grad": recipe.clip}})
     plan = CapturePlan(frozenset(range(STEPS)), True, recipe.kept)
-    capture = Capture(model, optimizer, writer, plan, device=torch.device("cpu"))
+    capture = Capture(model, optimizer, writer, plan, device=torch.device("cpu"), speaks=rank == 0)
     size = MICRO_BATCHES * MICRO_BATCH_SIZE
     for step in range(STEPS):
         numbers = recipe.order[step * size : (step + 1) * size]
@@ -282,9 +284,8 @@ def _step(
         capture.loss(loss, (targets != -100).sum())
         loss.backward()
     capture.gradients_reduced()
-    counted = [p for name, p in model.named_parameters() if recipe.norm_of(name) and p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in counted if p.grad is not None])
-    torch.nn.utils.clip_grads_with_norm_(model.parameters(), recipe.clip, norm)
+    norm = total_grad_norm(p for name, p in model.named_parameters() if recipe.norm_of(name))
+    clip_by_norm(model.parameters(), norm, recipe.clip)
     capture.gradients_clipped(norm)
     optimizer.step()
     capture.updated()

@@ -29,7 +29,8 @@ class Sketch:
             estimate from ``vector``, and then ``maximum`` and ``minimum`` are those of the summands.
         maximum: the largest; -inf without elements.
         minimum: the smallest; inf without elements.
-        nonfinite: slices along the last dimension that hold NaN or infinity.
+        nonfinite: pieces that hold NaN or infinity, 0 if there is none. How many pieces a tensor has depends on how it
+            was split.
         dtype: what the tensor was stored in, as torch names it: ``float32``; ``mixed`` for parts that differ.
         shape: of the full tensor; of an activation its rows without padding, all samples of the step, and the other
             dimensions. None for parts that do not fit together.
@@ -107,7 +108,8 @@ class Distance:
 
     Attributes:
         relative: estimate of ``|A - B| / |B|``, within about 20 % for 9 of 10 pairs of tensors; 0 for equal sketches,
-            infinite where only one is zero or only one is finite.
+            infinite where only one is zero or only one is finite; 0 for two that are not finite, of which nothing more
+            can be said.
         norm_gap: ``||A| - |B|| / |B|``, exact.
     """
 
@@ -118,7 +120,7 @@ class Distance:
 def distance(a: Sketch, b: Sketch) -> Distance:
     """Return how far ``a`` is from ``b``, the reference."""
     if a.nonfinite or b.nonfinite:
-        apart = 0.0 if a.nonfinite == b.nonfinite else math.inf
+        apart = 0.0 if a.nonfinite and b.nonfinite else math.inf
         return Distance(apart, apart)
     estimate = float(np.linalg.norm(a.vector - b.vector)) / math.sqrt(SIZE)
     gap = abs(a.norm - b.norm)

@@ -16,8 +16,10 @@ from mindspeed_mm.precision.anomaly import AnomalyRing, read_anomaly_plan
 from mindspeed_mm.precision.capture import Capture
 from mindspeed_mm.precision.local_norm import LocalNorms
 from mindspeed_mm.precision.lr_zero import FrozenWeights
+from mindspeed_mm.precision.perturb import Perturbation
 from mindspeed_mm.precision.plan import read_plan
 from mindspeed_mm.precision.record import RecordWriter
+from mindspeed_mm.precision.sites import innermost
 from mindspeed_mm.training.loop import Trainer
 from mindspeed_mm.training.reporting import StepRecord
 from mindspeed_mm.training.step_feed import StepFeed, TakenBatch
@@ -37,6 +39,9 @@ def attach(args: Namespace, trainer: Trainer, manifest: dict[str, Any]) -> None:
         UserError: a flag cannot be honoured.
     """
     engine = trainer.engine
+    if args.precision_perturb:  # first: what is recorded is to have the noise
+        Perturbation(args.precision_perturb).attach(innermost(engine.module))
+        print_rank_0("--precision-perturb: rounding noise is added, for a band; this is no run to keep")
     if args.log_local_norm:
         norms = LocalNorms(engine.module)
         trainer.log.parameter_names = norms.names

@@ -110,8 +110,10 @@ def _run(
     with phase("preparing the data"):
         train, valid, test = _build_iterators(args, dataset_provider)
         checkpointer.restore_iterators(_named_iterators(train, valid))
-    manifest = {**describe_run(args, groups), "effective": describe_effective(args, engine, schedule)}
-    if args.save:
+    manifest = None
+    if args.save or _records_precision(args):
+        manifest = {**describe_run(args, groups), "effective": describe_effective(args, engine, schedule)}
+    if args.save and manifest:
         write_manifest(args.save, manifest)
     # Dropout differs between data-parallel ranks; a resumed run continues its own streams instead.
     accelerator.seed_all(args.seed + dist.get_rank(state.data_parallel_group()))
@@ -123,7 +125,7 @@ def _run(
         check = GenerationCheck(model, valid, args.eval_generate, args.params_dtype)
         trainer.generate = lambda: check.run(trainer.progress, trainer.log)
     trainer.observers = [profiler.step, memory_profiler.step]
-    if _records_precision(args):
+    if manifest and _records_precision(args):
         from mindspeed_mm.training.alignment import attach
 
         attach(args, trainer, manifest)
@@ -155,7 +157,8 @@ def _run(
 
 
 def _records_precision(args: Namespace) -> bool:
-    return bool(args.precision_capture or args.precision_mode or args.precision_on_anomaly or args.log_local_norm)
+    asked = args.precision_capture or args.precision_mode or args.precision_on_anomaly or args.precision_perturb
+    return bool(asked or args.log_local_norm)
 
 
 def _export_now_and_then(args: Namespace, checkpointer: Checkpointer) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mindspeed_mm.arguments.flag import PATH, SWITCH, TEXT, Flag, Group, one_of
+from mindspeed_mm.arguments.flag import PATH, SWITCH, TEXT, Flag, Group, integer, one_of
 
 PRECISION = Group(
     "precision alignment",
@@ -20,6 +20,13 @@ PRECISION = Group(
             one_of("lr0"),
             None,
             "lr0: the optimizer runs and its update is discarded; the gradients' sum over all steps is recorded",
+        ),
+        Flag(
+            "--precision-perturb",
+            integer(0),
+            0,
+            "seed of rounding noise in the outputs of leaf modules (half a unit in the last place), for records that "
+            "'mindspeed-mm precision band' measures the reference's own spread on; 0: none",
         ),
         Flag(
             "--precision-on-anomaly",
