@@ -6,12 +6,10 @@ from collections import defaultdict
 from functools import cached_property
 from statistics import median
 
-import numpy as np
-
 from mindspeed_mm.precision.band import SAFETY, Band, Gap, assumed, floor, gap
 from mindspeed_mm.precision.finding import Measurement
 from mindspeed_mm.precision.record import Key, StepRecord
-from mindspeed_mm.precision.sketch import SIZE, Sketch
+from mindspeed_mm.precision.sketch import Sketch
 
 _FLOATS = ("float64", "float32", "bfloat16", "float16", "mixed")
 # A gradient that is zero but for rounding is measured against those around it.
@@ -80,7 +78,10 @@ class Pair:
         if ours.count != theirs.count:
             if by_place:
                 return None
-            note = note or f"shape {_show(theirs.shape)}, in the reference {_show(ours.shape)}"
+            if ours.rows and ours.shape and theirs.shape and ours.shape[1:] == theirs.shape[1:]:
+                found = Gap(found.distance, 0.0)  # partial sums of tensor parallelism: only their vectors add up
+            else:
+                note = note or f"shape {_show(theirs.shape)}, in the reference {_show(ours.shape)}"
         elif ours.shape != theirs.shape or (by_place and not self.same_split):
             found = Gap(0.0, found.norm)  # the vectors' signs are those of other places
         elif key.phase == "grad_local":
@@ -90,13 +91,13 @@ class Pair:
         apart, limit = found.distance, allowed.distance
         if found.norm * limit > apart * allowed.norm:
             apart, limit = found.norm, allowed.norm
-        scale = max(_norm(key, ours), 1e-30)
+        scale = max(ours.norm, 1e-30)
         return Measurement(self.step, key.phase, key.site, key.what, apart / scale, limit / scale, note)
 
     def _allowed(self, key: Key, ours: Sketch, theirs: Sketch) -> Gap:
         dtypes = (ours.dtype, theirs.dtype) if ours.dtype in _FLOATS else ("float64",)
         lowest = floor(*dtypes)
-        scale = max(_norm(key, ours), self._around(key) * ours.count**0.5)
+        scale = max(ours.norm, self._around(key) * ours.count**0.5)
         spread = None if self.band is None else self.band.spreads.get((self.step, key))
         if key.phase == "weights" and self.first:
             exact = min(lowest, 5e-6) * ours.norm
@@ -148,7 +149,7 @@ class Pair:
         for key, sketch in self.reference.entries.items():
             if key.phase in _GRADIENTS and sketch.count:
                 place = (key.phase, _block(key.site))
-                found[place] = max(found[place], _NEIGHBOURS * _norm(key, sketch) / sketch.count**0.5)
+                found[place] = max(found[place], _NEIGHBOURS * sketch.norm / sketch.count**0.5)
         return found
 
     @cached_property
@@ -156,7 +157,7 @@ class Pair:
         sizes: dict[str, list[float]] = defaultdict(list)
         for key, sketch in self.reference.entries.items():
             if sketch.count and sketch.dtype in _FLOATS and sketch.norm == sketch.norm:
-                sizes[key.phase].append(_norm(key, sketch) / sketch.count**0.5)
+                sizes[key.phase].append(sketch.norm / sketch.count**0.5)
         return {phase: median(found) for phase, found in sizes.items()}
 
     @cached_property
@@ -191,11 +192,6 @@ class Pair:
         text = f"{theirs.nonfinite} rows with NaN or infinity, {ours.nonfinite} in the reference"
         ranks = [r for r in self.candidate.ranks if (s := self.candidate.of_rank(r).get(key)) and s.nonfinite]
         return text + (f", on rank {', '.join(map(str, ranks))}" if ranks and len(self.candidate.ranks) > 1 else "")
-
-
-def _norm(key: Key, sketch: Sketch) -> float:
-    """Return the norm of a tensor, by its vector where parts have been added to each other and not put together."""
-    return float(np.linalg.norm(sketch.vector)) / SIZE**0.5 if key.phase == "grad_local" else sketch.norm
 
 
 def _block(parameter: str) -> str:
