@@ -55,17 +55,18 @@ class ImageEncoder(nn.Module):
         projector: from its features to embeddings; None where the tower has that inside.
     """
 
-    def __init__(self, blueprint: Blueprint, dtype: torch.dtype) -> None:
+    def __init__(self, blueprint: Blueprint, dtype: torch.dtype, attention: Any = None) -> None:
         """Build it with random weights from torch's global generator.
 
         Args:
             blueprint: the model.
             dtype: of the parameters.
+            attention: ``attn_implementation`` as Transformers takes it; None: its choice.
         """
         super().__init__()
         self._family = family_of(blueprint.config)
         self._paths: dict[str, str] = {}
-        backbone = _without_decoder(blueprint).to(dtype)
+        backbone = _without_decoder(blueprint, attention).to(dtype)
         # Not registered: the modules have one path each, through `encoder` and `projector`.
         self._unregistered = (backbone, f"{blueprint.backbone_path}.")
         self.encoder = self._take("encoder", "vision_encoder")
@@ -141,14 +142,15 @@ class ImageEncoder(nn.Module):
         return result
 
 
-def _without_decoder(blueprint: Blueprint) -> Any:
+def _without_decoder(blueprint: Blueprint, attention: Any) -> Any:
     """Return the backbone with its text decoder replaced by what captures its arguments."""
     config = copy.deepcopy(blueprint.config)
     text = config.get_text_config(decoder=True)
     text.num_hidden_layers, text.vocab_size, text.pad_token_id = 0, 1, None
     if getattr(text, "layer_types", None):
         text.layer_types = []
-    backbone = type(blueprint.backbone)._from_config(config, dtype=torch.float32)
+    options = {"attn_implementation": attention, "dtype": torch.float32}
+    backbone = type(blueprint.backbone)._from_config(config, **options)
     backbone.config = blueprint.config
     name = blueprint.decoder_path.removeprefix(f"{blueprint.backbone_path}.")
     setattr(backbone, name, _Captured())
