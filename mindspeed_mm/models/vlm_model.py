@@ -82,9 +82,14 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
         deepstack.check_first_chunk(self.blueprint.deepstack, division[0][0])
         layers = division[parallel_state.get_pipeline_model_parallel_rank()][self.vp_stage or 0]
 
-        has_encoder = self.pre_process and self.blueprint.backbone_path != ""
-        attention = attention_implementation(config, self.blueprint.config)
-        self.image_encoder = ImageEncoder(self.blueprint, self.config.params_dtype, attention) if has_encoder else None
+        self.image_encoder = None
+        if self.pre_process and self.blueprint.backbone_path:
+            self.image_encoder = ImageEncoder(
+                self.blueprint,
+                self.config.params_dtype,
+                attention_implementation(config, self.blueprint.config),
+                parallel_state.get_tensor_model_parallel_group() if config.enable_encoder_dp else None,
+            )
         self.text_decoder = TextDecoder(
             self.config, self.blueprint, layers, self.pre_process, self.post_process, self.vp_stage, engine
         )
