@@ -16,6 +16,7 @@ from mindspeed_mm.distributed.fsdp2 import ShardPlan, prepare_model
 from mindspeed_mm.distributed.meta import materialize, meta_init, module_init
 from mindspeed_mm.engine.fsdp2 import FSDP2Engine
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.common.strict_forward import leave_out_what_it_does_not_take
 from mindspeed_mm.models.lora import LoraSettings, add_adapters, initialize_adapters
 from mindspeed_mm.models.transformers.families import family_of
 from mindspeed_mm.models.transformers.freeze import frozen_line
@@ -50,6 +51,7 @@ def build_model(args: Namespace, provider: Callable[..., Any]) -> tuple[nn.Modul
     """
     with meta_init() if args.init_model_with_meta_device else nullcontext():
         model = call_model_provider(provider)
+        leave_out_what_it_does_not_take(model)
         if args.mm_model:
             freeze(hf_model(model), args.mm.model.get("freeze", []))
         if line := frozen_line(hf_model(model)):
