@@ -82,8 +82,8 @@ def test_all_faults_in_fp32(name: str, ranks: int, bench: Bench, tmp_path: Path)
 @pytest.mark.parametrize("name", FAULTS)
 def test_all_faults_in_bf16(name: str, ranks: int, bench: Bench, tmp_path: Path) -> None:
     fault = find(name)
-    if fault is not None and fault.ranks > ranks:
-        pytest.skip("takes more ranks")
+    if fault is not None and fault.ranks > 1:
+        pytest.skip("a tower that FSDP leaves alone computes in fp32, which is found first")
     check(bench, name, "bf16", ranks, tmp_path)
 
 
