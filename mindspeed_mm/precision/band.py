@@ -31,7 +31,7 @@ class Gap:
 
     Attributes:
         distance: estimate of ``|A - B|``: whatever differs, rounding included.
-        norm: ``||A| - |B||``, exact; 0 where one of the norms is an estimate. Rounding goes up and down and hardly moves
+        norm: ``||A| - |B||``, exact; 0 where a norm is an estimate. Rounding goes up and down and hardly moves
             it, so that in 16 bits it shows what is biased long before the distance does.
     """
 
