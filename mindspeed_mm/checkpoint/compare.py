@@ -16,9 +16,9 @@ from mindspeed_mm.checkpoint.convert import model_skeleton
 from mindspeed_mm.checkpoint.hf_folder import open_weights
 from mindspeed_mm.checkpoint.hf_layout import plan_import
 from mindspeed_mm.checkpoint.megatron_folder import is_megatron_folder, read_megatron
-from mindspeed_mm.checkpoint.publish import find, is_checkpoint
+from mindspeed_mm.checkpoint.publish import find, is_hf_folder
 from mindspeed_mm.checkpoint.store import MODEL
-from mindspeed_mm.checkpoint.tensor_files import read_metadata, read_tensors
+from mindspeed_mm.checkpoint.tensor_files import TensorReader
 from mindspeed_mm.checkpoint.tensors import named_tensors
 from mindspeed_mm.errors import UserError
 
@@ -61,7 +61,7 @@ def open_tensors(folder: Path) -> Iterator[tuple[Path, dict[str, Entry], bool]]:
         UserError: the folder holds none of these.
     """
     with ExitStack() as stack:
-        if (folder / "config.json").is_file() and not is_checkpoint(folder):
+        if is_hf_folder(folder):
             bare = model_skeleton(folder)
             stored = stack.enter_context(open_weights(folder))
             first_name = {name: names[0] for names in named_tensors(bare) for name in names}
@@ -89,13 +89,14 @@ def _in_memory(tensor: torch.Tensor) -> Entry:
 
 def _checkpoint_entries(path: Path) -> dict[str, Entry]:
     known = manifest.read(path)
+    reader = TensorReader(path)
     entries = {}
-    for name, stored in read_metadata(path).state_dict_metadata.items():
+    for name, stored in reader.metadata.state_dict_metadata.items():
         if isinstance(stored, TensorStorageMetadata):
 
             def read(name=name, stored=stored) -> torch.Tensor:  # type: ignore[no-untyped-def]
                 tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
-                read_tensors({name: tensor}, path)
+                reader.read({name: tensor})
                 return tensor
 
             digest = known.tensors[name].digest if known and name in known.tensors else None

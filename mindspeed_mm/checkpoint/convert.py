@@ -23,7 +23,7 @@ from mindspeed_mm.checkpoint.hf_layout import ImportStep, plan_import, skeleton
 from mindspeed_mm.checkpoint.optimizer_state import PREFIX
 from mindspeed_mm.checkpoint.publish import RELEASE, find, publish
 from mindspeed_mm.checkpoint.store import MODEL, write_part
-from mindspeed_mm.checkpoint.tensor_files import DigestingPlanner, read_metadata, read_tensors
+from mindspeed_mm.checkpoint.tensor_files import DigestingPlanner, TensorReader
 from mindspeed_mm.checkpoint.tensors import listing, named_tensors
 from mindspeed_mm.errors import UserError
 
@@ -70,7 +70,8 @@ def dcp_to_hf(
     path = find(load_dir)
     if (path / ADAPTER_CONFIG).is_file():
         raise UserError(f"{path} holds adapters (LoRA): use mindspeed-mm convert lora-merge --adapter {path}")
-    saved = {k: v for k, v in read_metadata(path).state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
+    reader = TensorReader(path)
+    saved = {k: v for k, v in reader.metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
     bare = model_skeleton(Path(model_assets_dir), trust_remote_code)
     weights = named_tensors(bare)
     # A bare Hugging Face model has no wrapper's `model.` before its names.
@@ -99,7 +100,7 @@ def dcp_to_hf(
             stored = saved[keys[name]]
             wanted = dtype if dtype and stored.properties.dtype.is_floating_point and name not in buffers else None
             tensors[keys[name]] = torch.empty(stored.size, dtype=wanted or stored.properties.dtype)
-        read_tensors(tensors, path)
+        reader.read(tensors)
         return {name: tensors[keys[name]] for name in names}
 
     return write_hf_folder(bare, keys, gather, Path(save_dir).resolve(), model_assets_dir)

@@ -69,6 +69,8 @@ def _weight_files(folder: Path) -> list[Path]:
     if not (folder / INDEX).is_file():
         other = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth"))
         found = f"; it has {', '.join(other[:5])}, which is not read" if other else ""
+        if any(not name.endswith(".safetensors") for name in other):
+            found += ": a pickle may run code; have Transformers write safetensors files from it, where you trust it"
         raise UserError(
             f"{folder} has no weights: neither {WEIGHTS} nor {INDEX} is there{found}; download them into it"
         )

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from mindspeed_mm.checkpoint import manifest as manifests
 from mindspeed_mm.checkpoint.coordination import gather, group_position
 from mindspeed_mm.checkpoint.manifest import Manifest
-from mindspeed_mm.checkpoint.tensor_files import read_metadata
+from mindspeed_mm.checkpoint.tensor_index import read_index
 from mindspeed_mm.errors import UserError
 
 
@@ -72,7 +72,7 @@ def inspect(
 
 def _unsealed(path: Path) -> list[str]:
     try:
-        index = read_metadata(path)
+        index = read_index(path)
     except UserError as error:
         return [str(error)]
     needed: dict[str, int] = {}

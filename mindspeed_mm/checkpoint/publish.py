@@ -85,6 +85,12 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / ".metadata").is_file() or (folder / manifest.NAME).is_file()
 
 
+def is_hf_folder(folder: str | Path) -> bool:
+    """Return whether ``folder`` holds a Hugging Face model, and no checkpoint."""
+    folder = Path(folder)
+    return (folder / "config.json").is_file() and not (folder / TRACKER).is_file() and not is_checkpoint(folder)
+
+
 def find(load_dir: str | Path, step: int | None = None) -> Path:
     """Return the checkpoint to load: the tracker's, or iteration ``step``'s.
 
@@ -159,10 +165,10 @@ def _hint(load_dir: Path) -> str:
     present = [p.name for p in checkpoints_in(load_dir)]
     if present:
         return f"It holds {', '.join(present)}: pass --ckpt-step with one of these iterations, or the folder itself."
-    if (load_dir / "config.json").is_file():
+    if is_hf_folder(load_dir):
         return (
-            "It is a Hugging Face folder: set init_from_hf_path in model.json to it, or convert it with "
-            "`mindspeed-mm convert hf-to-dcp`."
+            "It is a Hugging Face folder, which holds weights and no run: training starts from it with --load and "
+            "without --ckpt-step, and puts adapters on it with --load-base-model."
         )
     if any(load_dir.glob("*/mp_rank_0*")) or any(load_dir.glob("mp_rank_0*")):
         return "It holds a checkpoint in Megatron's `torch` format, which this road does not read."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.planner import ReadItem, WriteItem
 
-from mindspeed_mm.checkpoint.coordination import condense, gather
+from mindspeed_mm.checkpoint.coordination import gather
 from mindspeed_mm.checkpoint.digest import add, digest, times
-from mindspeed_mm.checkpoint.tensors import local_block, local_part
+from mindspeed_mm.checkpoint.tensor_index import read_index
+from mindspeed_mm.checkpoint.tensors import local_blocks
 from mindspeed_mm.errors import UserError
 
 
@@ -40,18 +42,33 @@ class DigestingPlanner(dcp.DefaultSavePlanner):
         return data
 
 
-def read_metadata(path: Path) -> Metadata:
-    """Return the index of a checkpoint's tensors.
+class TensorReader(dcp.FileSystemReader):
+    """Reads tensors of a folder, and never anything else: other values lie there as pickles.
+
+    Attributes:
+        metadata: the index, read once.
 
     Raises:
         UserError: the index is damaged.
     """
-    try:
-        return dcp.FileSystemReader(path).read_metadata()
-    except Exception as error:
-        raise UserError(
-            f"cannot read {path / '.metadata'}: {condense(error)}; pass --ckpt-step for another checkpoint"
-        ) from error
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.metadata = read_index(folder)
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the index."""
+        return self.metadata
+
+    def read(self, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None = None) -> None:
+        """Fill ``tensors`` in place, casting to their dtypes."""
+        with _one_process_is_fine():
+            dcp.load(tensors, storage_reader=self, planner=_TensorPlanner(), process_group=group)
+
+
+class _TensorPlanner(dcp.DefaultLoadPlanner):
+    def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
+        raise UserError(f"{read_item.dest_index.fqn} is a pickled object where a tensor belongs; it may run code")
 
 
 def write_tensors(
@@ -69,8 +86,7 @@ def write_tensors(
 
 def read_tensors(tensors: dict[str, torch.Tensor], folder: Path, group: dist.ProcessGroup | None = None) -> None:
     """Fill ``tensors`` in place from the checkpoint in ``folder``, casting to their dtypes."""
-    with _one_process_is_fine():
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), process_group=group)
+    TensorReader(folder).read(tensors, group)
 
 
 def changed_tensors(
@@ -81,27 +97,30 @@ def changed_tensors(
     A tensor may be split and replicated in any way: the digests of all parts on all ranks must add up to that of as
     many copies as there are elements for. What ``digests`` does not hold is not looked at.
     """
-    parts = {
-        name: (digest(local_part(tensor), tensor.shape, [s.start for s in local_block(tensor)]), _local_size(tensor))
-        for name, tensor in tensors.items()
-        if name in digests
-    }
+    parts = {name: _digest_of(tensor) for name, tensor in tensors.items() if name in digests}
     sums: dict[str, int] = {}
     sizes: dict[str, int] = {}
+    whole: dict[str, int] = {}
     for of_rank in gather(parts, group):
-        for name, (part, size) in of_rank.items():
+        for name, (part, size, full) in of_rank.items():
             add(sums, name, part)
             sizes[name] = sizes.get(name, 0) + size
+            whole[name] = full
     changed = []
-    for name in parts:
-        copies, rest = divmod(sizes[name], max(1, tensors[name].numel()))
+    for name, size in sizes.items():
+        copies, rest = divmod(size, max(1, whole[name]))
         if rest or sums[name] != times(digests[name], copies):
             changed.append(name)
     return changed
 
 
-def _local_size(tensor: torch.Tensor) -> int:
-    return int(local_part(tensor).numel())
+def _digest_of(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """Return the digest of this rank's parts, their number of elements, and that of the whole tensor."""
+    blocks = local_blocks(tensor)
+    total: dict[str, int] = {}
+    for block in blocks:
+        add(total, "", digest(block.tensor, tensor.shape, block.offsets))
+    return total.get("", 0), sum(block.tensor.numel() for block in blocks), tensor.numel()
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from mindspeed_mm.checkpoint.boxes import Box, BoxedTensor
+
 # Wrapper modules that show up in parameter names but must not show up in a checkpoint: a run may turn
 # recompute or compilation on or off between two saves.
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
@@ -87,6 +89,13 @@ def local_block(tensor: torch.Tensor) -> tuple[slice, ...]:
         return tuple(slice(0, size) for size in tensor.shape)
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+
+
+def local_blocks(tensor: torch.Tensor) -> list[Box]:
+    """Return this rank's parts of ``tensor``: views of where they live."""
+    if isinstance(tensor, BoxedTensor):
+        return tensor.boxes
+    return [Box(tuple(part.start for part in local_block(tensor)), local_part(tensor))]
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:

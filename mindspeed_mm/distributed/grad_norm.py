@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from mindspeed_mm import accelerator
+
 
 def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     """Return this rank's part of every gradient that exists, as plain tensors that share its memory."""
@@ -55,7 +57,7 @@ def total_grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
             groups[(gradient.device_mesh, gradient.placements) if is_sharded else None].append(gradient)
     total: Tensor | None = None
     for placement, gradients in groups.items():
-        squares = _sum_of_squares([_local(g) for g in gradients])
+        squares = sum_of_squares([_local(g) for g in gradients])
         if placement is not None:
             mesh, placements = placement
             for dimension, kind in enumerate(placements):
@@ -102,10 +104,11 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _sum_of_squares(tensors: list[Tensor]) -> Tensor:
-    """Return the sum of squares as a scalar; a rank whose shards are all empty returns zero and takes part."""
-    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the sum of squares as a scalar; a rank that has nothing returns zero and takes part."""
+    double = bool(tensors) and tensors[0].dtype == torch.float64
+    dtype = torch.float64 if double else torch.float32
     filled = [t for t in tensors if t.numel()]
     if not filled:
-        return torch.zeros((), dtype=dtype, device=tensors[0].device)
+        return torch.zeros((), dtype=dtype, device=tensors[0].device if tensors else accelerator.device())
     return torch.stack(torch._foreach_norm(filled, 2, dtype=dtype)).square().sum()

@@ -50,6 +50,13 @@ class Engine(Protocol):
     optimizer: Optimizer
     listeners: list[Listener]
 
+    @property
+    def parameter_count(self) -> int:
+        """The parameters of the whole model, on all ranks together, each counted once."""
+
+    def seed(self, seed: int) -> None:
+        """Start the random streams of training (dropout); the seed is this data-parallel rank's."""
+
     def forward_backward(
         self,
         forward_step: ForwardStep,

@@ -21,6 +21,8 @@ class Placed:
         part: ``(offset, size)`` in each dimension; None for all of it.
         copy: another rank of the tensor's mesh holds the same and speaks for it.
         on_mesh: it is a DTensor, which tells who holds what of it.
+        partial: others hold values that are to be added to these, element by element.
+        first: of those; the elements count here.
     """
 
     local: Tensor
@@ -28,6 +30,8 @@ class Placed:
     part: Part | None
     copy: bool
     on_mesh: bool = False
+    partial: bool = False
+    first: bool = True
 
     @property
     def offset(self) -> list[int] | None:
@@ -47,13 +51,16 @@ def place(tensor: Tensor) -> Placed:
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:  # not of this mesh
         return Placed(local, tuple(tensor.shape), None, True, True)
+    partial, first = False, True
     for dimension, placement in enumerate(tensor.placements):
         if placement.is_replicate():
             copy |= coordinate[dimension] > 0
-        elif placement.is_partial() and getattr(placement, "reduce_op", "sum") == "avg":
-            local = local / tensor.device_mesh.size(dimension)
-    if not any(placement.is_shard() for placement in tensor.placements):
-        return Placed(local, tuple(tensor.shape), None, copy, True)
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    part = tuple((int(start), int(size)) for start, size in zip(offset, shape, strict=True))
-    return Placed(local, tuple(tensor.shape), part, copy, True)
+        elif placement.is_partial():
+            partial, first = True, first and coordinate[dimension] == 0
+            if getattr(placement, "reduce_op", "sum") == "avg":
+                local = local / tensor.device_mesh.size(dimension)
+    part = None
+    if any(placement.is_shard() for placement in tensor.placements):
+        shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        part = tuple((int(start), int(size)) for start, size in zip(offset, shape, strict=True))
+    return Placed(local, tuple(tensor.shape), part, copy, True, partial, first)

@@ -53,7 +53,10 @@ class StepPool:
         with unnoticed(value.device):
             placed = place(value)
             made = self._of_activation(placed, value.dtype, batch, rows)
-        self._append(key, made, copy=self._is_copy(placed), summed=True)
+        about: dict[str, Any] = {"copy": self._is_copy(placed), "summed": True, "estimated": placed.partial}
+        if not placed.first:
+            about |= {"count": 0, "shape": (0, *made.about["shape"][1:])}
+        self._append(key, made, **about)
 
     def add_whole(self, key: Key, value: Tensor, *, summed: bool = False) -> None:
         """Add a parameter, or what belongs to one; ``summed``: what ranks hold adds up."""
@@ -62,7 +65,8 @@ class StepPool:
             made = self._remember(
                 placed.local, (tuple(placed.offset or ()),), None, lambda: _of_parameter(placed, value)
             )
-        self._append(key, made, copy=self._is_copy(placed) if summed else placed.copy, summed=summed)
+        is_copy = self._is_copy(placed) if summed else placed.copy
+        self._append(key, made, copy=is_copy, summed=summed or placed.partial, estimated=placed.partial)
 
     def alias(self, key: Key, other: Key) -> None:
         """Let ``key`` be what was added last under ``other``."""

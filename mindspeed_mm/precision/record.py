@@ -377,7 +377,7 @@ def _write(path: Path, content: Any) -> None:
 
 
 _FLOATS = ("total", "square_sum", "maximum", "minimum")
-_WORDS = ("dtype", "shape", "rows", "part", "copy", "summed", "count", "nonfinite")
+_WORDS = ("dtype", "shape", "rows", "part", "copy", "summed", "estimated", "count", "nonfinite")
 
 
 def _to_arrays(data: RankStep) -> dict[str, np.ndarray]:

@@ -25,8 +25,7 @@ class Sketch:
         vector: (SIZE,) float64.
         count: elements behind it, padding left out.
         total: their sum.
-        square_sum: the sum of their squares; where tensors were added element by element, as local gradients are, its
-            estimate from ``vector``, and then ``maximum`` and ``minimum`` are those of the summands.
+        square_sum: the sum of their squares, exact unless ``estimated``.
         maximum: the largest; -inf without elements.
         minimum: the smallest; inf without elements.
         nonfinite: pieces that hold NaN or infinity, 0 if there is none. How many pieces a tensor has depends on how it
@@ -40,6 +39,8 @@ class Sketch:
         part: ``(offset, size)`` in each dimension of what one rank holds; None for all of it.
         copy: another rank holds the same, which counts.
         summed: what ranks hold adds up. Otherwise equal parts of different ranks are one, which must be equal.
+        estimated: tensors were added element by element, as local gradients are, so that ``square_sum`` is an estimate
+            from ``vector``, to about 25 %, and ``maximum`` and ``minimum`` are those of the summands.
     """
 
     vector: np.ndarray
@@ -55,17 +56,19 @@ class Sketch:
     part: tuple[tuple[int, int], ...] | None = None
     copy: bool = False
     summed: bool = False
+    estimated: bool = False
 
     def __add__(self, other: Sketch) -> Sketch:
         """Return the sketch of both parts together, or of the sum of both where they are the same part."""
         overlap = self.summed and not self.rows and self.part == other.part
         vector = self.vector + other.vector
+        estimated = overlap or self.estimated or other.estimated
         estimate = float(vector @ vector) / SIZE
         return Sketch(
             vector=vector,
             count=self.count if overlap else self.count + other.count,
             total=self.total + other.total,
-            square_sum=estimate if overlap else self.square_sum + other.square_sum,
+            square_sum=estimate if estimated else self.square_sum + other.square_sum,
             maximum=max(self.maximum, other.maximum),
             minimum=min(self.minimum, other.minimum),
             nonfinite=self.nonfinite + other.nonfinite,
@@ -75,6 +78,7 @@ class Sketch:
             part=self.part if self.part == other.part else None,
             copy=self.copy and other.copy,
             summed=self.summed or other.summed,
+            estimated=estimated,
         )
 
     def scaled(self, factor: float) -> Sketch:
@@ -110,7 +114,7 @@ class Distance:
         relative: estimate of ``|A - B| / |B|``, within about 20 % for 9 of 10 pairs of tensors; 0 for equal sketches,
             infinite where only one is zero or only one is finite; 0 for two that are not finite, of which nothing more
             can be said.
-        norm_gap: ``||A| - |B|| / |B|``, exact.
+        norm_gap: ``||A| - |B|| / |B|``, exact; 0 where one of the norms is only estimated.
     """
 
     relative: float
@@ -123,7 +127,7 @@ def distance(a: Sketch, b: Sketch) -> Distance:
         apart = 0.0 if a.nonfinite and b.nonfinite else math.inf
         return Distance(apart, apart)
     estimate = float(np.linalg.norm(a.vector - b.vector)) / math.sqrt(SIZE)
-    gap = abs(a.norm - b.norm)
+    gap = 0.0 if a.estimated or b.estimated else abs(a.norm - b.norm)
     return Distance(_over(estimate, b.norm), _over(gap, b.norm))
 
 

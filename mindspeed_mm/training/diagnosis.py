@@ -77,7 +77,8 @@ def diagnose(
     if finding.micro_batch is None:
         finding.module = suspect or finding.module
         for index, (name, parameter) in enumerate(engine.module.named_parameters()):
-            if parameter.grad is not None and not _all_finite(parameter.grad):
+            gradient = getattr(parameter, "main_grad", parameter.grad)  # where megatron-core reduces them
+            if gradient is not None and not _all_finite(gradient):
                 finding.gradient = (index, name)
     engine.optimizer.zero_grad(set_to_none=True)
     findings: list[Any] = [None] * dist.get_world_size(group)

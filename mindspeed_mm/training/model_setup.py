@@ -14,13 +14,33 @@ from mindspeed_mm.distributed import state
 from mindspeed_mm.distributed.frozen import freeze
 from mindspeed_mm.distributed.fsdp2 import ShardPlan, prepare_model
 from mindspeed_mm.distributed.meta import materialize, meta_init, module_init
+from mindspeed_mm.engine.fsdp2 import FSDP2Engine
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.lora import LoraSettings, add_adapters, initialize_adapters
 from mindspeed_mm.models.transformers.families import family_of
 from mindspeed_mm.models.transformers.freeze import frozen_line
 from mindspeed_mm.models.transformers_model import TransformersModel
+from mindspeed_mm.optimizer import ParameterGroup, muon_matrices
 from mindspeed_mm.training.callbacks import call_model_provider
 from mindspeed_mm.training.checkpointing import base_folder, hf_model
+from mindspeed_mm.training.optimizer_setup import optimizer_from, parameter_groups
+
+
+def build_engine(args: Namespace, provider: Callable[..., Any]) -> tuple[FSDP2Engine, list[ParameterGroup]]:
+    """Return the engine over the sharded model, and the groups of its parameters."""
+    model, plan = build_model(args, provider)
+    muon = muon_matrices(model) if args.optimizer == "muon" else ()
+    groups = parameter_groups(args, model.named_parameters(), muon)
+    engine = FSDP2Engine(
+        model,
+        optimizer_from(args, groups),
+        group=state.data_parallel_group(),
+        clip_grad=args.clip_grad,
+        per_token_loss=args.calculate_per_token_loss,
+        per_sample_loss=args.calculate_per_sample_loss,
+        replicated=[parameter for _, parameter in plan.ignored],
+    )
+    return engine, groups
 
 
 def build_model(args: Namespace, provider: Callable[..., Any]) -> tuple[nn.Module, ShardPlan]:
@@ -59,9 +79,20 @@ def build_model(args: Namespace, provider: Callable[..., Any]) -> tuple[nn.Modul
 
 def _add_adapters(args: Namespace, model: nn.Module) -> bool:
     """Return whether the command line asks for LoRA, and the model has got it."""
-    if not (args.lora_target_modules or args.lora_target_parameters):
+    settings = lora_settings(args)
+    if settings is None:
         return False
-    settings = LoraSettings(
+    family = family_of(model.transformer_config) if isinstance(model, TransformersModel) else None
+    for line in add_adapters(hf_model(model), settings, family, base_folder(args, model)):
+        state.print_rank_0(line)
+    return True
+
+
+def lora_settings(args: Namespace) -> LoraSettings | None:
+    """Return what the command line says about adapters, None if it asks for none."""
+    if not (args.lora_target_modules or args.lora_target_parameters):
+        return None
+    return LoraSettings(
         target_modules=tuple(args.lora_target_modules),
         target_parameters=tuple(args.lora_target_parameters),
         apply_modules=tuple(args.lora_apply_modules),
@@ -69,7 +100,3 @@ def _add_adapters(args: Namespace, model: nn.Module) -> bool:
         alpha=args.lora_alpha,
         dropout=args.lora_dropout,
     )
-    family = family_of(model.transformer_config) if isinstance(model, TransformersModel) else None
-    for line in add_adapters(hf_model(model), settings, family, base_folder(args, model)):
-        state.print_rank_0(line)
-    return True

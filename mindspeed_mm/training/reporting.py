@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed_mm import accelerator
-from mindspeed_mm.distributed.state import data_parallel_group, is_last_rank, print_line, print_rank_last
+from mindspeed_mm.distributed.state import data_parallel_group, is_last_rank, loader_group, print_line, print_rank_last
 from mindspeed_mm.training.patient_file import PatientFile
 from mindspeed_mm.training.sinks import Shown, Sink
 
@@ -171,7 +171,7 @@ class TrainingLog:
         table = read_quotients(torch.stack([_row(record, keys) for record in records]))
         norms = _read_norms(records)
         tokens = torch.tensor([r.tokens for r in records], device=accelerator.device())
-        dist.all_reduce(tokens)
+        dist.all_reduce(tokens, group=loader_group())
         if not self._writes:
             return
         rows = [

@@ -63,7 +63,9 @@ def test_every_other_flag_is_read_somewhere() -> None:
     files = [path for path in PACKAGE.rglob("*.py") if "arguments" not in path.parts]
     sources = [path.read_text(encoding="utf-8") for path in [*files, *PACKAGE.parent.glob("pretrain_*.py")]]
     sources += [
-        inspect.getsource(f) for name, f in vars(validation).items() if name.startswith(("_derive", "validate"))
+        inspect.getsource(f)
+        for name, f in vars(validation).items()
+        if name.startswith(("_derive", "validate", "road_of"))
     ]
     read = set(re.findall(r"\bargs\.(\w+)", "\n".join(sources)))
     for source in sources:

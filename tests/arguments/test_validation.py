@@ -116,7 +116,8 @@ def test_megatron_sizes_divide_the_job() -> None:
     message = problem(*MEGATRON, "--tensor-model-parallel-size", "2", world_size=3)
     assert "--tensor-model-parallel-size 2 = 2 does not divide the 3 ranks" in message
     message = problem(*MEGATRON, "--expert-model-parallel-size", "3", world_size=4)
-    assert "--expert-model-parallel-size 3 does not divide the 4 data-parallel x 1" in message
+    assert "--expert-model-parallel-size 3 x 1 ranks for each expert" in message
+    assert "does not divide the 4 ranks of a pipeline stage: 4 data-parallel x 1" in message
 
 
 def test_decay_lasts_as_long_as_training() -> None:
@@ -158,4 +159,4 @@ def test_tied_models_and_types() -> None:
     args = validated(*FSDP2)
     assert (args.params_dtype_name, args.untie_embeddings_and_output_weights) == ("fp32", False)
     assert validated(*FSDP2, "--bf16").params_dtype_name == "bf16"
-    assert validated(*MEGATRON, "--fp16").params_dtype_name == "fp16"
+    assert problem(*MEGATRON, "--fp16") == "command line: --fp16: there is no loss scaling; use --bf16"

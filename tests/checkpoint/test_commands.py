@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from mindspeed_mm.checkpoint import store
 from mindspeed_mm.checkpoint.publish import TRACKER
-from mindspeed_mm.checkpoint.tensor_files import write_tensors
+from mindspeed_mm.checkpoint.tensor_files import TensorReader, write_tensors
 from mindspeed_mm.cli import app
 from mindspeed_mm.errors import UserError
 from tests.checkpoint import small
@@ -102,7 +102,7 @@ def test_diff_says_which_tensors_and_how_far(tmp_path: Path) -> None:
 def test_diff_does_not_read_tensors_whose_digests_are_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_runs(tmp_path, {1: None, 2: None})
     read: list[str] = []
-    monkeypatch.setattr("mindspeed_mm.checkpoint.compare.read_tensors", lambda tensors, path: read.extend(tensors))
+    monkeypatch.setattr(TensorReader, "read", lambda self, tensors: read.extend(tensors))
     assert run("diff", tmp_path / "iter_0000001", tmp_path / "iter_0000001")[0] == 0
     assert not read
     run("diff", tmp_path / "iter_0000001", tmp_path / "iter_0000002")

@@ -11,7 +11,7 @@ from torch import nn
 
 from mindspeed_mm.checkpoint import store
 from mindspeed_mm.checkpoint.publish import TRACKER
-from mindspeed_mm.checkpoint.tensor_files import read_metadata
+from mindspeed_mm.checkpoint.tensor_index import read_index
 from mindspeed_mm.errors import UserError
 from tests.checkpoint import small
 from tests.ranks import RankPool
@@ -53,7 +53,7 @@ def test_layout_and_tracker(tmp_path: Path, ranks2: RankPool) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000002", TRACKER]
     names = sorted(p.name for p in (tmp_path / "iter_0000002").iterdir())
     assert names == [".metadata", "__0_0.distcp", "__1_0.distcp", "manifest.json", "rank_0.pt", "rank_1.pt", "state.pt"]
-    keys = read_metadata(tmp_path / "iter_0000002").state_dict_metadata
+    keys = read_index(tmp_path / "iter_0000002").state_dict_metadata
     assert "model.embed.weight" in keys and "model.head.weight" not in keys, "a tied weight is saved once"
     assert "optimizer.state.body.0.weight.exp_avg" in keys
 
@@ -88,7 +88,7 @@ def test_find_says_what_is_there(tmp_path: Path) -> None:
     assert "no such folder" in message(tmp_path / "nowhere")
     assert "The folder is empty" in message(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    assert "init_from_hf_path" in message(tmp_path)
+    assert "without --ckpt-step" in message(tmp_path)
 
     runs = tmp_path / "runs"
     small.save_after(runs / "a", 1)

@@ -12,6 +12,8 @@ from torch.utils.data import TensorDataset
 from mindspeed_mm.data import build_mm_dataloader, build_mm_dataset
 from mindspeed_mm.data.collators import PaddingCollator
 from mindspeed_mm.data.iterators import build_iterations
+from mindspeed_mm.data.loaders import MultiModalDataLoader
+from mindspeed_mm.errors import UserError
 from tests.data.tiny import save_digits, write_jsonl
 
 TEXT_ROW = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "world, " * 9}]}
@@ -291,3 +293,19 @@ def test_two_ranks_share_the_order_of_one(ranks2):
     one, two = ranks2.run(micro_batches_of_this_rank, 12)
     alone = build_mm_dataloader(TensorDataset(torch.arange(12)), {"batch_size": 4})
     assert [a + b for a, b in zip(one, two, strict=True)] == [batch[0].tolist() for batch in alone]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_mistake_that_a_collate_fn_reports_is_raised_as_it_is(workers):
+    def collate(samples: list) -> dict:
+        if any(sample[0] == 2 for sample in samples):
+            raise UserError("collate: sample 2 has no label; add one")
+        return {"numbers": torch.stack([sample[0] for sample in samples])}
+
+    dataset = TensorDataset(torch.arange(4))
+    sampler = build_mm_dataloader(dataset, {"batch_size": 1, "shuffle": False}).batch_sampler
+    batches = iter(MultiModalDataLoader(dataset, sampler, collate, num_workers=workers))
+    assert [next(batches)["numbers"].tolist() for _ in range(2)] == [[0], [1]]
+    with pytest.raises(UserError) as raised:
+        next(batches)
+    assert str(raised.value) == "collate: sample 2 has no label; add one"

@@ -50,8 +50,7 @@ def distances(a: Record, b: Record, step: int = 0) -> dict[Key, float]:
     for key in first.keys() & second.keys():
         assert first[key].rows == second[key].rows, key
         apart = distance(first[key], second[key])
-        # The norm of a sum of local gradients is an estimate itself.
-        found[key] = apart.relative if key.phase == "grad_local" else max(apart.relative, apart.norm_gap)
+        found[key] = max(apart.relative, apart.norm_gap)
     return found
 
 

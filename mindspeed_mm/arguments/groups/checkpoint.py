@@ -23,7 +23,7 @@ CHECKPOINT = Group(
         Flag("--keep-best", integer(1), None, "keep so many with the lowest validation loss", needs="--save"),
         Flag("--no-save-optim", SWITCH, False, "leave the optimizer out; the run cannot be resumed exactly"),
         Flag("--no-save-rng", SWITCH, False, "leave random states out; the run cannot be resumed exactly"),
-        Flag("--load", PATH, None, "folder to load from"),
+        Flag("--load", PATH, None, "checkpoints of a run, or a Hugging Face folder for its weights"),
         Flag("--ckpt-step", integer(0), None, "load this step instead of the latest one", needs="--load"),
         Flag("--no-load-optim", SWITCH, False, "do not restore the optimizer"),
         Flag("--no-load-rng", SWITCH, False, "do not restore random states"),
