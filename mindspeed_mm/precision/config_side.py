@@ -126,7 +126,8 @@ def _declared(side: Side, source: Source) -> None:
         if name not in known:
             part = number.isdigit() and base in source.values
             if not part and name not in READ_HERE and not _deliberately_left_out(source.system, name):
-                side.unknown.setdefault(source.system, []).append(name)
+                names = side.unknown.setdefault(source.system, [])
+                names += [name] if name not in names else []
             continue
         for key, spelled in known[name]:
             value = _value(key, spelled, raw, source.words)

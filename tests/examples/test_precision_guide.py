@@ -53,6 +53,7 @@ def test_every_verb_and_option_of_the_page_exists() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # a dozen commands, each of which imports torch
 def test_the_guide_ends_aligned(tmp_path: Path) -> None:
     for name in ("examples", "pretrain_transformers.py"):
         (tmp_path / name).symlink_to(ROOT / name)
