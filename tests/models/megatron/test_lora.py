@@ -150,7 +150,7 @@ def write_files(hf_folder: str, folder: Path, sizes: dict[str, int]) -> Tensor:
     from mindspeed_mm.models.megatron.lora import add_adapters, initialize_adapters, peft_config
 
     vlm.start(**sizes)
-    model = vlm.build(hf_folder)
+    (model,) = vlm.build(hf_folder)
     add_adapters(model, SETTINGS)
     initialize_adapters(model, 5)
     held = boxes(model, adapters=True)

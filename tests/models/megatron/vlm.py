@@ -18,9 +18,11 @@ from mindspeed_mm.distributed import chunks, parallel, state
 from mindspeed_mm.distributed.main_parameters import MainParameters
 from mindspeed_mm.distributed.parallel import ParallelSizes
 from mindspeed_mm.engine.megatron import MegatronEngine
-from mindspeed_mm.models.megatron.layout import boxes, pieces
+from mindspeed_mm.models.megatron.layout import Piece, boxes, pieces
 from mindspeed_mm.models.vlm_model import VLMModel
 from tests.models import tiny
+
+__all__ = ["Piece", "pieces"]
 
 TRAINED: dict[str, Any] = {"vision_encoder": {"freeze": False}, "vision_projector": {"freeze": False}}
 
