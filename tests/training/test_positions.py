@@ -67,14 +67,6 @@ def test_a_two_epoch_run_of_two_ranks_is_resumed_from_each_save_on_one(
     resume_from_every_save(numbers, ranks2, [ranks1], tmp_path)
 
 
-@pytest.fixture
-def ranks4() -> RankPool:
-    """Four real gloo ranks."""
-    pool = RankPool(4)
-    yield pool
-    pool.stop()
-
-
 @pytest.mark.slow
 def test_a_two_epoch_run_of_two_ranks_is_resumed_from_each_save_on_two_and_four(
     numbers: Job, ranks2: RankPool, ranks4: RankPool, tmp_path: Path
