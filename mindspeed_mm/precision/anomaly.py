@@ -8,7 +8,7 @@ import shlex
 import statistics
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,8 @@ class AnomalyRing:
             if item.grad_norm is not None:
                 data.scalars["grad_norm"] = (item.grad_norm.read()[0], "same")
             writer.write(item.step, data)
-        torch.save({item.step: item.batches for item in kept}, folder / f"batches_{writer.rank:05d}.pt")
+        batches = {item.step: [dict(b) if isinstance(b, Mapping) else b for b in item.batches] for item in kept}
+        torch.save(batches, folder / f"batches_{writer.rank:05d}.pt")
         return folder
 
     def _write_script(self, folder: Path, first: int, last: int) -> None:

@@ -67,7 +67,8 @@ class StepPool:
             # Adding to a DTensor in place leaves the version of its local tensor as it was.
             is_fresh = isinstance(value, DTensor)
             made = make() if is_fresh else self._remember(placed.local, (tuple(placed.offset or ()),), None, make)
-        self._append(key, made, copy=self._is_copy(placed) if summed else placed.copy, summed=summed)
+        is_copy = self._is_copy(placed) if summed else placed.copy
+        self._append(key, made, copy=is_copy, summed=summed or placed.partial, estimated=placed.partial)
 
     def alias(self, key: Key, other: Key) -> None:
         """Let ``key`` be what was added last under ``other``."""

@@ -149,7 +149,9 @@ def test_kept_tensors_are_those_of_the_step(job: Job, hf_folder: Path, ranks2: R
 
 
 def test_the_manifest_says_what_is_in_force(job: Job, ranks2: RankPool, tmp_path: Path) -> None:
-    found = record(ranks2, job, tmp_path / "r", micro_batch_size=2, train_iters=1, bf16=True, lr_warmup_iters=1)
+    found = record(
+        ranks2, job, tmp_path / "r", micro_batch_size=2, precision_capture="steps=0,level=parameter", lr_warmup_iters=1
+    )
     effective = found.manifest["effective"]
     assert effective["norm_eps"]["model.language_model.layers.0.input_layernorm"] == 1e-6
     assert effective["rope_base"] == {
@@ -157,12 +159,12 @@ def test_the_manifest_says_what_is_in_force(job: Job, ranks2: RankPool, tmp_path
         "model.language_model.rotary_emb": 10000.0,
     }
     assert effective["dtypes"] == {"float32": 64} and effective["mesh"] == {"shard": 2}
-    assert effective["mixed_precision"]["reduce_dtype"] == "float32"
+    assert effective["mixed_precision"] == {"param_dtype": None, "reduce_dtype": None, "output_dtype": None}
     assert [group["betas"] for group in effective["groups"]] == [[0.9, 0.999]] * 2
     assert sorted(name for group in effective["groups"] for name in group["parameters"]) == sorted(
         key.site for key in found.weights if key.what == "parameter"
     )
-    assert effective["learning_rates"] == {"0": 0.0, "1": 1e-3}
+    assert effective["learning_rates"] == {"0": 0.0, "1": 1e-3, "2": 0.0}
 
 
 @pytest.mark.parametrize(

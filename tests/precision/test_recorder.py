@@ -94,7 +94,7 @@ def test_hugging_faces_trainer_records_in_three_lines(
         recorder = Recorder(tmp_path / name)
         trainer.add_callback(recorder.callback())
         trainer.train()
-        assert not model._forward_hooks and not trainer.optimizer._optimizer_step_pre_hooks
+        assert not model._forward_hooks and not trainer.optimizer.optimizer._optimizer_step_pre_hooks
         records.append(Record.open(tmp_path / name))
     small, large = records
     assert small.steps == [0, 1] and small.manifest["training_arguments"]["per_device_train_batch_size"] == 1

@@ -53,10 +53,10 @@ def test_weights_stay_and_gradients_are_summed(job: Job, ranks2: RankPool, tmp_p
         assert total.vector == pytest.approx(expected, abs=1e-5 * float(abs(expected).max()))
 
 
-def test_the_steps_before_an_anomaly_are_kept_and_replayed(job: Job, ranks2: RankPool, tmp_path: Path) -> None:
+def test_the_steps_before_an_anomaly_are_kept_and_replayed(job: Job, ranks1: RankPool, tmp_path: Path) -> None:
     job.flags |= {"precision-capture": None, "precision-on-anomaly": "dump=2", "train-iters": 5, "lr": "1e25"}
     job.flags |= {"precision-dir": tmp_path / "r", "micro-batch-size": 2, "seed": 7}
-    outcome = ranks2.run(run_here, job.command(), job.folder, timeout=240)[0]
+    outcome = ranks1.run(run_here, job.command(), job.folder, timeout=240)[0]
     assert outcome.code and "not finite" in outcome.text
     (folder,) = (tmp_path / "r" / "anomalies").iterdir()
     assert str(folder / "replay.sh") in outcome.text
@@ -66,9 +66,9 @@ def test_the_steps_before_an_anomaly_are_kept_and_replayed(job: Job, ranks2: Ran
     assert any(sketch.nonfinite for sketch in kept.step(bad).entries.values())
     assert not any(sketch.nonfinite for sketch in kept.step(bad - 1).entries.values())
     batches = torch.load(folder / "batches_00000.pt", weights_only=True)
-    assert [len(batches[step]) for step in kept.steps] == [2, 2]
+    assert [len(batches[step]) for step in kept.steps] == [4, 4]
     command = shlex.split((folder / "replay.sh").read_text().splitlines()[-1].replace('"$@"', ""))
-    assert ranks2.run(run_here, command, job.folder, timeout=240)[0].code, "it ends as it did"
+    assert ranks1.run(run_here, command, job.folder, timeout=240)[0].code, "it ends as it did"
     again = Record.open(folder / "replay").step(bad - 1)
     for key, sketch in kept.step(bad - 1).entries.items():
         assert (again.entries[key].vector == sketch.vector).all(), key
