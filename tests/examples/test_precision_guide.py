@@ -20,13 +20,15 @@ PAGE = ROOT / "docs/en/precision.md"
 
 
 def blocks() -> list[tuple[str, list[str]]]:
-    """Return the commands of each bash block and the lines that the page shows below it."""
+    """Return the commands of each bash block and the lines that the page shows right below it."""
     found: list[tuple[str, list[str]]] = []
+    before = ""
     for language, _, content in fences(PAGE):
         if language == "bash":
             found.append((content, []))
-        elif language == "text":
-            found[-1] = (found[-1][0], content.splitlines())
+        elif language == "text" and before == "bash":
+            found[-1][1].extend(content.splitlines())
+        before = language
     return found
 
 
@@ -53,6 +55,7 @@ def test_every_verb_and_option_of_the_page_exists() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # a dozen commands, each of which imports torch
 def test_the_guide_ends_aligned(tmp_path: Path) -> None:
     for name in ("examples", "pretrain_transformers.py"):
         (tmp_path / name).symlink_to(ROOT / name)
