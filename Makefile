@@ -8,7 +8,8 @@
 #   make lint          ruff, mypy, import layers, device names
 #   make clean         remove the environments and what the quickstart wrote
 #
-# PYTHON=/path/to/python picks the interpreter, VENV=folder the environment, PYTEST_ARGS='-k name' what is tested.
+# PYTHON=/path/to/python picks the interpreter, VENV=folder the environment, PYTEST_ARGS='-k name' what is tested,
+# WORKERS=4 by how many processes.
 
 # The first name on this list that starts and is new enough; an empty answer is reported by the .venv rule.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -16,7 +17,10 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 VENV ?= .venv
 PINNED_VENV ?= .venv-pinned
 BIN := $(VENV)/bin
+# Tests of one file run in one worker, one after the other; most ranks wait for each other most of the time.
+WORKERS ?= 2
 PYTEST_ARGS ?=
+PYTEST = -m pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 .PHONY: help quickstart test test-unit test-all test-pinned lint clean
 .DELETE_ON_ERROR:
@@ -28,16 +32,16 @@ quickstart: $(VENV)/.installed-quickstart
 	PATH="$(abspath $(BIN)):$$PATH" python examples/quickstart/run.py
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow"
 
 test-unit: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not ranks" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow and not ranks"
 
 test-all: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
 test-pinned: $(PINNED_VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(PINNED_VENV)/bin/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PINNED_VENV)/bin/python $(PYTEST) -m "not slow"
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -43,18 +43,22 @@ def loss_func(output: dict[str, Any]) -> tuple[Any, ...]:
     """Return the loss of a micro-batch and what is logged of it.
 
     ``output`` holds ``loss`` (a scalar) and ``loss_mask`` (True at target tokens, shape ``(batch, sequence)``).
-    With ``--calculate-per-token-loss`` the loss is a sum, and ``token_nums`` says over how many tokens. What is
-    logged as ``loss`` is what is optimised; a router loss, times its coefficient, is part of it.
+    With ``--calculate-per-token-loss`` the loss is a sum, and ``token_nums`` says over how many tokens; with
+    ``--calculate-per-sample-loss`` it is a mean, and ``sample_nums`` says over how many samples. What is logged as
+    ``loss`` is what is optimised; a router loss, times its coefficient, is part of it.
     """
     args = get_args()
-    loss, tokens = output["loss"], output.get("token_nums")
-    report = {"loss": loss.detach() if tokens is None else (loss.detach(), tokens)}
+    loss, count = output["loss"], output.get("token_nums")
+    if "sample_nums" in output:
+        count = output["sample_nums"]
+        loss = loss * count
+    report = {"loss": loss.detach() if count is None else (loss.detach(), count)}
     if "aux_loss" in output:
         aux_loss = output["aux_loss"].detach()
-        report["aux_loss"] = aux_loss if tokens is None else (aux_loss * tokens, tokens)
+        report["aux_loss"] = aux_loss if count is None else (aux_loss * count, count)
     if args.log_tps:
         report["tokens per sample"] = output["loss_mask"].sum() / args.micro_batch_size
-    return (loss, report) if tokens is None else (loss, tokens, report)
+    return (loss, report) if count is None else (loss, count, report)
 
 
 def forward_step(data_iterator: Any, model: Any) -> tuple[Any, Any]:

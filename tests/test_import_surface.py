@@ -6,8 +6,6 @@ from importlib import import_module
 
 import pytest
 
-from mindspeed_mm.errors import UserError
-
 SURFACE = {
     "mindspeed_mm.training": "pretrain get_args print_rank_0 average_losses_across_data_parallel_group unwrap_model",
     "mindspeed_mm.configs.config": "mm_extra_args_provider merge_mm_args MMConfig ConfigReader",
@@ -43,10 +41,3 @@ def test_published_names_can_be_imported() -> None:
 @pytest.mark.parametrize(("one", "other", "name"), SAME)
 def test_one_object_under_two_paths(one: str, other: str, name: str) -> None:
     assert getattr(import_module(one), name) is getattr(import_module(other), name)
-
-
-def test_the_model_of_the_other_road_names_the_way() -> None:
-    from mindspeed_mm.models.vlm_model import VLMModel
-
-    with pytest.raises(UserError, match=r"TransformersModel with pretrain_transformers\.py"):
-        VLMModel({})

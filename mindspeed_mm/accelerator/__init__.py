@@ -4,7 +4,9 @@ Everything else asks here: the device and its collective library, its memory, it
 profile, which kernels of other libraries run on it, and how megatron-core is imported.
 """
 
+from mindspeed_mm.accelerator.attention import attend, attend_block, attend_each, block_gradients
 from mindspeed_mm.accelerator.backend import default_backend, resolve_backend
+from mindspeed_mm.accelerator.determinism import Condition, conditions
 from mindspeed_mm.accelerator.hardware import (
     device,
     device_count,
@@ -22,14 +24,20 @@ from mindspeed_mm.accelerator.hardware import (
 )
 from mindspeed_mm.accelerator.host_read import HostRead
 from mindspeed_mm.accelerator.kernels import fused_linear_cross_entropy
-from mindspeed_mm.accelerator.megatron_core import load_megatron_core
-from mindspeed_mm.accelerator.numerics import allow_tf32, determinism_limits, use_deterministic_algorithms
+from mindspeed_mm.accelerator.megatron_core import has_transformer_engine, load_megatron_core, prepare_megatron_layers
+from mindspeed_mm.accelerator.numerics import allow_tf32, determinism_limits, full_float32, use_deterministic_algorithms
 from mindspeed_mm.accelerator.profiling import memory_history, memory_snapshot, profiler_activities
 from mindspeed_mm.accelerator.rng import rng_state, seed_all, set_rng_state
 
 __all__ = [
+    "Condition",
     "HostRead",
     "allow_tf32",
+    "attend",
+    "attend_block",
+    "attend_each",
+    "block_gradients",
+    "conditions",
     "default_backend",
     "determinism_limits",
     "device",
@@ -37,15 +45,18 @@ __all__ = [
     "device_name",
     "device_type",
     "empty_cache",
+    "full_float32",
     "fused_linear_cross_entropy",
     "has_float64",
     "has_fused_optimizers",
+    "has_transformer_engine",
     "is_cpu",
     "load_megatron_core",
     "memory_history",
     "memory_snapshot",
     "memory_stats",
     "peak_flops",
+    "prepare_megatron_layers",
     "profiler_activities",
     "resolve_backend",
     "rng_state",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -68,3 +70,17 @@ def allow_tf32() -> None:
     """Let float32 matrix products round their inputs to 10 bits of mantissa where that is faster."""
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Compute float32 matrix products in float32, whatever :func:`allow_tf32` has allowed."""
+    before = torch.get_float32_matmul_precision()
+    if before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

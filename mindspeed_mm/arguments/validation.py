@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from mindspeed_mm.arguments.flag import Refused
 from mindspeed_mm.arguments.groups import FLAGS
 from mindspeed_mm.arguments.groups.finetuning import LORA
+from mindspeed_mm.arguments.layout import layout_contradictions
 from mindspeed_mm.errors import UserError
 
 
@@ -68,8 +69,10 @@ def _contradictions(args: Namespace, road: str) -> Iterator[str]:
         yield "--calculate-per-sample-loss and --calculate-per-token-loss are two different losses; remove one"
     if args.bf16 and args.fp16:
         yield "--bf16 and --fp16 are two different types; remove one"
-    if road == "megatron" and args.ckpt_format == "torch_dcp":
-        yield "--ckpt-format torch_dcp: it needs --use-torch-fsdp2; add that flag, or use torch_dist"
+    if road == "megatron":
+        yield from layout_contradictions(args)
+        if args.ckpt_format == "torch_dcp":
+            yield "--ckpt-format torch_dcp: it needs --use-torch-fsdp2; add that flag, or use torch_dist"
     if road == "fsdp2" and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
         yield (
             "environment: CUDA_DEVICE_MAX_CONNECTIONS=1 keeps FSDP2 from overlapping communication with "
@@ -151,10 +154,15 @@ def _derive_batches(args: Namespace) -> None:
     args.data_parallel_size = args.world_size // split
 
     experts = args.expert_model_parallel_size
-    if (args.data_parallel_size * args.context_parallel_size) % experts:
+    tensor = args.tensor_model_parallel_size
+    share = args.expert_tensor_parallel_size or tensor
+    ranks = args.world_size // args.pipeline_model_parallel_size
+    if ranks % (experts * share):
         _stop_at(
-            f"--expert-model-parallel-size {experts} does not divide the {args.data_parallel_size} data-parallel x "
-            f"{args.context_parallel_size} context-parallel ranks; change it"
+            f"--expert-model-parallel-size {experts} x {share} ranks for each expert (--expert-tensor-parallel-size, "
+            f"by default --tensor-model-parallel-size) does not divide the {ranks} ranks of a pipeline stage: "
+            f"{args.data_parallel_size} data-parallel x {args.context_parallel_size} context-parallel x {tensor} "
+            "tensor-parallel; change one"
         )
 
     step = args.micro_batch_size * args.data_parallel_size
@@ -168,6 +176,13 @@ def _derive_batches(args: Namespace) -> None:
             + (f"{below} or {below + step}" if below else f"{step}")
         )
     args.num_microbatches = args.global_batch_size // step
+    stages = args.pipeline_model_parallel_size
+    if args.virtual_pipeline_model_parallel_size and args.num_microbatches % stages:
+        _stop_at(
+            f"--virtual-pipeline-model-parallel-size: the {args.num_microbatches} micro-batches of a step are not a "
+            f"multiple of --pipeline-model-parallel-size {stages}; use a --global-batch-size that is a multiple of "
+            f"{stages * step}"
+        )
 
 
 def _derive_duration(args: Namespace) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from mindspeed_mm.checkpoint.coordination import rank, run_together
+from mindspeed_mm.checkpoint.hf_boxes import Boxes, Senders
 from mindspeed_mm.checkpoint.python_state import write_flushed
 from mindspeed_mm.checkpoint.tensors import adapted_layers, named_tensors
 from mindspeed_mm.errors import UserError
@@ -35,8 +36,22 @@ _SETTINGS = {
 }
 
 
+def boxed_adapter_files(config: Any, boxes: Boxes) -> dict[str, bytes]:
+    """Return the two files in which peft finds adapters that are spread over ranks: on rank 0, else none.
+
+    Every rank calls this.
+
+    Args:
+        config: peft's configuration, as it is written.
+        boxes: what this rank holds of the adapters.
+    """
+    senders = Senders(boxes)
+    found = {name: senders.gather(name) for name in senders.names}
+    return _files(config, {name: tensor for name, tensor in found.items() if tensor is not None})
+
+
 def adapter_files(model: nn.Module) -> dict[str, bytes]:
-    """Return the two files in which peft finds the adapters of a plain or sharded model: on rank 0, else none.
+    """Return the same for a plain model or one that FSDP2 shards.
 
     Every rank calls this.
     """
@@ -44,13 +59,18 @@ def adapter_files(model: nn.Module) -> dict[str, bytes]:
     for (name, *_), tensor in named_tensors(model, "adapters").items():
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if rank() == 0:
-            tensors[ADAPTER_PREFIX + name_on_disk(name)] = full.cpu().contiguous()
+            tensors[name] = full.cpu().contiguous()
+    return _files(adapter_config(model), tensors)
+
+
+def _files(config: Any, tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
     if rank() != 0:
         return {}
     with TemporaryDirectory() as folder:
-        adapter_config(model).save_pretrained(folder)
-        config = (Path(folder) / ADAPTER_CONFIG).read_bytes()
-    return {ADAPTER_CONFIG: config, ADAPTER_WEIGHTS: save(tensors, metadata={"format": "pt"})}
+        config.save_pretrained(folder)
+        settings = (Path(folder) / ADAPTER_CONFIG).read_bytes()
+    on_disk = {ADAPTER_PREFIX + name_on_disk(name): tensor for name, tensor in tensors.items()}
+    return {ADAPTER_CONFIG: settings, ADAPTER_WEIGHTS: save(on_disk, metadata={"format": "pt"})}
 
 
 def export_adapter(model: nn.Module, folder: str | Path) -> Path:
@@ -61,8 +81,16 @@ def export_adapter(model: nn.Module, folder: str | Path) -> Path:
     Raises:
         UserError: rank 0 could not write; raised on all ranks.
     """
+    return write_adapter(adapter_files(model), folder)
+
+
+def write_adapter(files: dict[str, bytes], folder: str | Path) -> Path:
+    """Write the files that rank 0 has into ``folder``; every rank calls this.
+
+    Raises:
+        UserError: rank 0 could not write; raised on all ranks.
+    """
     folder = Path(folder)
-    files = adapter_files(model)
 
     def write() -> None:
         for name, content in files.items():
@@ -83,7 +111,12 @@ def adapter_config(model: nn.Module) -> Any:
     configs = getattr(model, "peft_config", None)
     if not configs or not adapted_layers(model):
         return None
-    config = copy.copy(configs[ADAPTER_NAME])
+    return written_config(configs[ADAPTER_NAME], model)
+
+
+def written_config(config: Any, model: nn.Module) -> Any:
+    """Return peft's configuration of adapters for ``model`` as it is written."""
+    config = copy.copy(config)
     config.inference_mode = True
     config.target_modules = sorted(config.target_modules)  # a set has another order in every process
     if hasattr(model, "config"):
@@ -93,13 +126,12 @@ def adapter_config(model: nn.Module) -> Any:
     return config
 
 
-def check_adapters(checkpoint: Path, model: nn.Module, base: str | None) -> list[str]:
-    """Check that a checkpoint's adapters are those of ``model``.
+def check_adapters(checkpoint: Path, ours: Any) -> list[str]:
+    """Check that a checkpoint's adapters are those of this run.
 
     Args:
         checkpoint: its folder.
-        model: what the adapters were put into, or a model without any.
-        base: where the weights under the adapters of this run were read from; None if they were not read.
+        ours: peft's configuration of this run's adapters, as it is written; None without adapters.
 
     Returns:
         Lines to warn with.
@@ -108,7 +140,6 @@ def check_adapters(checkpoint: Path, model: nn.Module, base: str | None) -> list
         UserError: only one of the two has adapters, they differ, or the checkpoint has nothing but adapters and the
             weights under them are not known.
     """
-    ours = adapter_config(model)
     saved = _read_config(checkpoint) if (checkpoint / ADAPTER_CONFIG).is_file() else None
     if ours is None and saved is None:
         return []
@@ -129,7 +160,7 @@ def check_adapters(checkpoint: Path, model: nn.Module, base: str | None) -> list
     ]
     if differences:
         raise UserError("\n".join([f"{checkpoint} holds other adapters than this run trains:", *differences]))
-    was = saved.get("base_model_name_or_path")
+    was, base = saved.get("base_model_name_or_path"), ours.base_model_name_or_path
     if was and not base:
         raise UserError(
             f"{checkpoint} holds adapters alone, without the weights under them. Pass --load-base-model; they were "

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from mindspeed_mm import accelerator
-from mindspeed_mm.checkpoint.tensors import local_part
+from mindspeed_mm.checkpoint.boxes import BoxedTensor
+from mindspeed_mm.checkpoint.tensors import local_blocks
 
 
 class HostCopy:
@@ -25,16 +26,23 @@ class HostCopy:
         """
         self._buffers = {name: self._buffer(name, tensor) for name, tensor in tensors.items()}
         for name, tensor in tensors.items():
-            local_part(self._buffers[name]).copy_(local_part(tensor), non_blocking=True)
+            for copy, part in zip(local_blocks(self._buffers[name]), local_blocks(tensor), strict=True):
+                copy.tensor.copy_(part.tensor, non_blocking=True)
         accelerator.synchronize()
         return dict(self._buffers)
 
     def _buffer(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         known = self._buffers.get(name)
-        if known is not None and known.dtype == tensor.dtype and local_part(known).shape == local_part(tensor).shape:
+        if known is not None and known.dtype == tensor.dtype and _sizes(known) == _sizes(tensor):
             return known
-        # Copies from pageable memory would make the host wait for each.
-        return torch.empty_like(tensor, device="cpu", requires_grad=False, pin_memory=not accelerator.is_cpu())
+        pin = not accelerator.is_cpu()  # copies from pageable memory would make the host wait for each
+        if isinstance(tensor, BoxedTensor):
+            return tensor.host_copy(pin)
+        return torch.empty_like(tensor, device="cpu", requires_grad=False, pin_memory=pin)
+
+
+def _sizes(tensor: torch.Tensor) -> list[torch.Size]:
+    return [block.tensor.shape for block in local_blocks(tensor)]
 
 
 class Background:

@@ -26,7 +26,7 @@ def list_checkpoints(folder: _Folder) -> None:
     from mindspeed_mm.checkpoint.integrity import inspect
 
     published, newest = _published(folder), _tracked(folder)
-    table = _table("checkpoint", "saved", "size", "ranks", "validation loss", "")
+    table = new_table("checkpoint", "saved", "size", "ranks", "validation loss", "")
     for path in published:
         condition = inspect(path, quick=True)
         known = condition.manifest
@@ -38,7 +38,7 @@ def list_checkpoints(folder: _Folder) -> None:
             "" if known is None or known.validation_loss is None else f"{known.validation_loss:.6g}",
             "; ".join([*(["newest"] if path.name == newest else []), *_remarks(condition)]),
         )
-    _print(table)
+    print_table(table)
 
 
 @app.command()
@@ -51,7 +51,7 @@ def show(checkpoint: _Checkpoint) -> None:
 
     path = find(checkpoint)
     known = manifest.read(path)
-    lines = _table("key", "value", title=str(path))
+    lines = new_table("key", "value", title=str(path))
     if known:
         for key, value in {
             "iteration": known.iteration,
@@ -69,12 +69,12 @@ def show(checkpoint: _Checkpoint) -> None:
         lines.add_row("consumed samples", str(state["extra"].get("consumed_train_samples", "")))
         for key, value in sorted(state["extra"].get("args", {}).items()):
             lines.add_row(f"args.{key}", str(value))
-    _print(lines)
+    print_table(lines)
     if known:
-        tensors = _table("tensor", "shape", "dtype", "digest")
+        tensors = new_table("tensor", "shape", "dtype", "digest")
         for name, record in known.tensors.items():
             tensors.add_row(name, str(tuple(record.shape)), record.dtype, record.digest)
-        _print(tensors)
+        print_table(tensors)
 
 
 @app.command()
@@ -116,11 +116,11 @@ def diff(
 
     count, found = differences(a, b, weights_only=weights_only)
     if found:
-        table = _table("tensor", "max abs", "relative L2", "")
+        table = new_table("tensor", "max abs", "relative L2", "")
         for difference in found:
             numbers = (difference.max_abs, difference.relative_l2)
             table.add_row(difference.name, *(f"{n:.3e}" if n == n else "" for n in numbers), difference.reason)
-        _print(table)
+        print_table(table)
     print(f"{count - len(found)} of {count} tensors are equal")
     raise typer.Exit(int(bool(found)))
 
@@ -141,12 +141,12 @@ def prune(
     if not keep:
         raise UserError("say what to keep: --keep-last, --keep-every, --keep-best")
     _published(folder)
-    table = _table("checkpoint", "")
+    table = new_table("checkpoint", "")
     for path, reason in reasons_to_keep(folder, keep, quick=False).items():
         table.add_row(path.name, f"stays: {reason}" if reason else "would be deleted" if dry_run else "deleted")
         if not reason and not dry_run:
             remove(path)
-    _print(table)
+    print_table(table)
 
 
 def _published(folder: Path) -> list[Path]:
@@ -182,7 +182,8 @@ def _size(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def _table(*columns: str, title: str | None = None) -> Any:
+def new_table(*columns: str, title: str | None = None) -> Any:
+    """Return a table for the terminal, without lines between its cells."""
     from rich import box
     from rich.table import Table
 
@@ -192,7 +193,8 @@ def _table(*columns: str, title: str | None = None) -> Any:
     return table
 
 
-def _print(table: Any) -> None:
+def print_table(table: Any) -> None:
+    """Print a table, folded to the terminal's width."""
     import sys
 
     from rich.console import Console

@@ -15,6 +15,7 @@ from mindspeed_mm.checkpoint import manifest
 from mindspeed_mm.checkpoint.convert import model_skeleton
 from mindspeed_mm.checkpoint.hf_folder import open_weights
 from mindspeed_mm.checkpoint.hf_layout import plan_import
+from mindspeed_mm.checkpoint.megatron_folder import is_megatron_folder, read_megatron
 from mindspeed_mm.checkpoint.publish import find, is_hf_folder
 from mindspeed_mm.checkpoint.store import MODEL
 from mindspeed_mm.checkpoint.tensor_files import TensorReader
@@ -51,7 +52,7 @@ class Difference:
 
 @contextmanager
 def open_tensors(folder: Path) -> Iterator[tuple[Path, dict[str, Entry], bool]]:
-    """Open what holds tensors: a checkpoint, the folder of a run, any DCP folder, or a Hugging Face folder.
+    """Open what holds tensors: a checkpoint, a run's folder, a DCP folder, a Hugging Face folder, one of Megatron.
 
     Gives the folder that is read, its tensors by name, and whether they are a Hugging Face model's, whose names have
     no ``model.model.`` before them.
@@ -73,9 +74,17 @@ def open_tensors(folder: Path) -> Iterator[tuple[Path, dict[str, Entry], bool]]:
 
                     entries[first_name[name]] = Entry(tuple(tensor.shape), tensor.dtype, read)
             yield folder, entries, True
+        elif is_megatron_folder(folder):
+            path, weights, state = read_megatron(folder)
+            tensors = {**{MODEL + name: tensor for name, tensor in weights.items()}, **state}
+            yield path, {name: _in_memory(tensor) for name, tensor in tensors.items()}, False
         else:
             path = find(folder)
             yield path, _checkpoint_entries(path), False
+
+
+def _in_memory(tensor: torch.Tensor) -> Entry:
+    return Entry(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
 def _checkpoint_entries(path: Path) -> dict[str, Entry]:

@@ -55,7 +55,7 @@ class Part:
     Attributes:
         files: the files it wrote, by name.
         digests: of the parts of tensors it wrote.
-        tensors: full shape and dtype of every tensor; the same on all ranks.
+        tensors: full shape and dtype of every tensor that the rank holds, or a part of it.
     """
 
     files: dict[str, FileRecord]
@@ -90,7 +90,7 @@ def merge(parts: Iterable[Part], *, iteration: int, world_size: int, validation_
     parts = list(parts)
     tensors = {
         name: TensorRecord(shape, dtype, f"{sum(part.digests.get(name, 0) for part in parts) % (1 << 64):016x}")
-        for name, (shape, dtype) in sorted(parts[0].tensors.items())
+        for name, (shape, dtype) in sorted({n: t for part in parts for n, t in part.tensors.items()}.items())
     }
     files = {name: record for part in parts for name, record in part.files.items()}
     versions = {name: _version(name) for name in ("mindspeed_mm", "torch", "transformers")}

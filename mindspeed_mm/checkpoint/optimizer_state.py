@@ -19,7 +19,7 @@ from mindspeed_mm.errors import UserError
 
 PREFIX = "optimizer.state."
 # How this process runs the step, not what it computes: stays as the run at hand chose it.
-_IMPLEMENTATION = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
+IMPLEMENTATION = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
@@ -37,7 +37,7 @@ def optimizer_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, A
     names = {id(param): name for name, param in _named_parameters(model, optimizer).items()}
     return [
         {
-            "hyperparameters": {k: _plain(v) for k, v in group.items() if k not in _IMPLEMENTATION},
+            "hyperparameters": {k: _plain(v) for k, v in group.items() if k not in IMPLEMENTATION},
             "params": [names[id(param)] for param in group["params"]],
             "scalars": {
                 names[id(param)]: scalars
@@ -49,13 +49,13 @@ def optimizer_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, A
     ]
 
 
-def check_groups(model: nn.Module, optimizer: Optimizer, saved: list[dict[str, Any]]) -> None:
-    """Check that the optimizer has the saved parameter groups.
+def check_groups(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
+    """Check that the optimizer's parameter groups are the saved ones.
 
     Raises:
         UserError: the groups hold other parameters than the saved ones, which are listed.
     """
-    ours = [group["params"] for group in optimizer_groups(model, optimizer)]
+    ours = [group["params"] for group in groups]
     theirs = [group["params"] for group in saved]
     if [sorted(names) for names in ours] == [sorted(names) for names in theirs]:
         return

@@ -13,10 +13,10 @@ Reading them runs no code, whoever wrote them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,15 +28,9 @@ from mindspeed_mm.checkpoint.background import HostCopy
 from mindspeed_mm.checkpoint.coordination import gather, rank, run_together, world_size
 from mindspeed_mm.checkpoint.integrity import inspect
 from mindspeed_mm.checkpoint.manifest import Manifest, Part, describe, record_file
-from mindspeed_mm.checkpoint.optimizer_state import (
-    allocate_state,
-    check_groups,
-    optimizer_groups,
-    optimizer_tensors,
-    restore_groups,
-)
 from mindspeed_mm.checkpoint.publish import RELEASE, find, find_all, folder_name, publish
 from mindspeed_mm.checkpoint.python_state import encode_python_state, read_python_state, write_flushed
+from mindspeed_mm.checkpoint.run_state import RunState, Selection, run_state
 from mindspeed_mm.checkpoint.tensor_files import (
     DigestingPlanner,
     changed_tensors,
@@ -44,7 +38,7 @@ from mindspeed_mm.checkpoint.tensor_files import (
     write_tensors,
 )
 from mindspeed_mm.checkpoint.tensor_index import read_index
-from mindspeed_mm.checkpoint.tensors import listing, named_tensors
+from mindspeed_mm.checkpoint.tensors import listing
 from mindspeed_mm.errors import UserError
 
 MODEL = "model."
@@ -89,7 +83,7 @@ class Snapshot:
 def take_snapshot(
     iteration: int,
     *,
-    model: nn.Module,
+    model: nn.Module | RunState,
     optimizer: Optimizer | None,
     extra: dict[str, Any],
     rank_state: dict[str, Any],
@@ -102,19 +96,20 @@ def take_snapshot(
     Args:
         iteration: completed iterations.
         model: its parameters and persistent buffers are saved, shared ones once.
-        optimizer: its state, or None to leave it out.
+        optimizer: its state, or None to leave it out; of a ``RunState`` it only says whether.
         extra: plain values that are the same on all ranks (scheduler, consumed samples); rank 0's are saved.
         rank_state: plain values of this rank (random state, data position).
         adapters_only: leave out the weights under the adapters, which can be read again where they came from.
         files: further files of this rank, by name.
         copy_to: where to copy the tensors to; None refers to the live ones.
     """
-    part: Literal["all", "adapters"] = "adapters" if adapters_only else "all"
-    tensors = {MODEL + names[0]: tensor for names, tensor in named_tensors(model, part).items()}
+    run = run_state(model, optimizer)
+    part: Selection = "adapters" if adapters_only else "all"
+    tensors = {MODEL + names[0]: tensor for names, tensor in run.weights(part).items()}
     state = {"iteration": iteration, "world_size": world_size(), "extra": extra, "optimizer_groups": None}
     if optimizer is not None:
-        tensors |= optimizer_tensors(model, optimizer)
-        state["optimizer_groups"] = optimizer_groups(model, optimizer)
+        tensors |= run.optimizer_tensors()
+        state["optimizer_groups"] = run.optimizer_groups()
     own = Path(_rank_file(rank()))
     all_files = {**(files or {}), own.name: encode_python_state(rank_state, own.stem)}
     if rank() == 0:
@@ -170,7 +165,7 @@ def save(
     save_dir: str | Path,
     iteration: int,
     *,
-    model: nn.Module,
+    model: nn.Module | RunState,
     optimizer: Optimizer | None,
     extra: dict[str, Any],
     rank_state: dict[str, Any],
@@ -194,7 +189,7 @@ def save(
 def load(
     load_dir: str | Path,
     *,
-    model: nn.Module,
+    model: nn.Module | RunState,
     optimizer: Optimizer | None,
     strict: bool = True,
     step: int | None = None,
@@ -223,12 +218,13 @@ def load(
             damaged or the checkpoint does not fit.
     """
     path, manifest, notes = _choose(load_dir, step, fallback, group)
+    run = run_state(model, optimizer)
 
     def prepare() -> tuple[dict[str, Any], dict[str, torch.Tensor], list[str]]:
         notes.extend(check(path) if check else [])
         metadata = read_index(path)
         saved = _weights(metadata)
-        tensors, problems = _match(_wanted(model, saved), saved)
+        tensors, problems = _match(_wanted(run, saved), saved, run.weight_names())
         if problems and strict:
             raise UserError("\n".join([f"{path} does not fit the model.", *problems, _STRICT_HINT]))
         if finetune or path.name == RELEASE:
@@ -237,16 +233,17 @@ def load(
         if optimizer is not None:
             if state["optimizer_groups"] is None:
                 raise UserError(f"{path} was saved without optimizer state; pass --no-load-optim or --finetune")
-            check_groups(model, optimizer, state["optimizer_groups"])
-            tensors |= allocate_state(model, optimizer, metadata)
+            run.check_groups(state["optimizer_groups"])
+            tensors |= run.allocate_optimizer(metadata)
         return state, tensors, problems
 
     state, tensors, problems = run_together(f"loading {load_dir}", prepare, group)
     run_together(f"reading {path}", lambda: read_tensors(tensors, path, group=group), group)
     if manifest:
         _compare(tensors, path, manifest, group)
+    run.loaded()
     if optimizer is not None and state["optimizer_groups"] is not None:
-        restore_groups(model, optimizer, state["optimizer_groups"])
+        run.restore_groups(state["optimizer_groups"])
 
     rank_state = None
     if state["world_size"] == world_size():
@@ -260,7 +257,7 @@ _STRICT_HINT = "Load it with the model it was saved from, or pass --load-strict 
 
 
 def load_base(
-    load_dir: str | Path, *, model: nn.Module, strict: bool = True, group: dist.ProcessGroup | None = None
+    load_dir: str | Path, *, model: nn.Module | RunState, strict: bool = True, group: dist.ProcessGroup | None = None
 ) -> list[str]:
     """Load a full checkpoint's weights under the adapters of ``model``; every rank calls this.
 
@@ -271,15 +268,17 @@ def load_base(
         UserError: there is no checkpoint, it is damaged, or it does not fit.
     """
     path, _, notes = _choose(load_dir, None, fallback=False, group=group)
+    run = run_state(model, None)
 
     def prepare() -> tuple[dict[str, torch.Tensor], list[str]]:
-        tensors, problems = _match(named_tensors(model, "base"), _weights(read_index(path)))
+        tensors, problems = _match(run.weights("base"), _weights(read_index(path)), run.weight_names())
         if problems and strict:
             raise UserError("\n".join([f"--load-base-model {path} does not fit the model.", *problems, _STRICT_HINT]))
         return tensors, problems
 
     tensors, problems = run_together(f"loading {load_dir}", prepare, group)
     run_together(f"reading {path}", lambda: read_tensors(tensors, path, group=group), group)
+    run.loaded()
     return [*notes, *problems]
 
 
@@ -330,19 +329,21 @@ def _weights(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
     }
 
 
-def _wanted(model: nn.Module, saved: Iterable[str]) -> dict[tuple[str, ...], torch.Tensor]:
+def _wanted(run: RunState, saved: Iterable[str]) -> dict[tuple[str, ...], torch.Tensor]:
     """Return the model's tensors that a checkpoint should have: the adapters, if it has nothing but adapters."""
-    adapters = named_tensors(model, "adapters")
-    alone = adapters and {name for names in adapters for name in names}.issuperset(saved)
-    return adapters if alone else named_tensors(model)
+    adapters = set(run.weight_names("adapters"))
+    return run.weights("adapters" if adapters and adapters.issuperset(saved) else "all")
 
 
 def _match(
-    wanted: dict[tuple[str, ...], torch.Tensor], saved: dict[str, TensorStorageMetadata]
+    wanted: dict[tuple[str, ...], torch.Tensor], saved: dict[str, TensorStorageMetadata], elsewhere: Collection[str]
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Pair the model's tensors with the checkpoint's; return these by key, and what does not match."""
+    """Pair the model's tensors with the checkpoint's; return these by key, and what does not match.
+
+    What the checkpoint holds and only other ranks want is none of what does not match: ``elsewhere`` names it.
+    """
     tensors, missing, reshaped = {}, [], []
-    known: set[str] = set()
+    known: set[str] = set(elsewhere)
     for names, tensor in wanted.items():
         known.update(names)
         name = next((name for name in names if name in saved), None)

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.planner import ReadItem, WriteItem
 from mindspeed_mm.checkpoint.coordination import gather
 from mindspeed_mm.checkpoint.digest import add, digest, times
 from mindspeed_mm.checkpoint.tensor_index import read_index
-from mindspeed_mm.checkpoint.tensors import local_block, local_part
+from mindspeed_mm.checkpoint.tensors import local_blocks
 from mindspeed_mm.errors import UserError
 
 
@@ -97,27 +97,30 @@ def changed_tensors(
     A tensor may be split and replicated in any way: the digests of all parts on all ranks must add up to that of as
     many copies as there are elements for. What ``digests`` does not hold is not looked at.
     """
-    parts = {
-        name: (digest(local_part(tensor), tensor.shape, [s.start for s in local_block(tensor)]), _local_size(tensor))
-        for name, tensor in tensors.items()
-        if name in digests
-    }
+    parts = {name: _digest_of(tensor) for name, tensor in tensors.items() if name in digests}
     sums: dict[str, int] = {}
     sizes: dict[str, int] = {}
+    whole: dict[str, int] = {}
     for of_rank in gather(parts, group):
-        for name, (part, size) in of_rank.items():
+        for name, (part, size, full) in of_rank.items():
             add(sums, name, part)
             sizes[name] = sizes.get(name, 0) + size
+            whole[name] = full
     changed = []
-    for name in parts:
-        copies, rest = divmod(sizes[name], max(1, tensors[name].numel()))
+    for name, size in sizes.items():
+        copies, rest = divmod(size, max(1, whole[name]))
         if rest or sums[name] != times(digests[name], copies):
             changed.append(name)
     return changed
 
 
-def _local_size(tensor: torch.Tensor) -> int:
-    return int(local_part(tensor).numel())
+def _digest_of(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """Return the digest of this rank's parts, their number of elements, and that of the whole tensor."""
+    blocks = local_blocks(tensor)
+    total: dict[str, int] = {}
+    for block in blocks:
+        add(total, "", digest(block.tensor, tensor.shape, block.offsets))
+    return total.get("", 0), sum(block.tensor.numel() for block in blocks), tensor.numel()
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from mindspeed_mm.checkpoint.boxes import Box, BoxedTensor
+
 # Wrapper modules that show up in parameter names but must not show up in a checkpoint: a run may turn
 # recompute or compilation on or off between two saves.
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
@@ -39,14 +41,14 @@ def named_tensors(
     adapted = adapted_layers(model).keys()
 
     def name_of(key: str) -> str:
-        return clean_name(_base_name(key, adapted) or key)
+        return clean_name(base_name(key, adapted) or key)
 
     # state_dict() also makes FSDP modules go back to their sharded parameters.
     state = {
         name_of(key): tensor
         for key, tensor in model.state_dict().items()
         if isinstance(tensor, torch.Tensor)
-        and (part == "all" or (part == "adapters") == (_base_name(key, adapted) is None))
+        and (part == "all" or (part == "adapters") == (base_name(key, adapted) is None))
     }
     owners: dict[str, int] = {
         name_of(name): id(tensor)
@@ -69,7 +71,7 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _base_name(name: str, adapted: Collection[str]) -> str | None:
+def base_name(name: str, adapted: Collection[str]) -> str | None:
     """Return what a tensor is called in the model without adapters, None for a tensor of an adapter."""
     kept, path = [], ""
     for part in name.split("."):
@@ -87,6 +89,13 @@ def local_block(tensor: torch.Tensor) -> tuple[slice, ...]:
         return tuple(slice(0, size) for size in tensor.shape)
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+
+
+def local_blocks(tensor: torch.Tensor) -> list[Box]:
+    """Return this rank's parts of ``tensor``: views of where they live."""
+    if isinstance(tensor, BoxedTensor):
+        return tensor.boxes
+    return [Box(tuple(part.start for part in local_block(tensor)), local_part(tensor))]
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:

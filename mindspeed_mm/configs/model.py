@@ -106,4 +106,6 @@ class ModelConfig(Config):
     encoder_offload_interval: Positive | None = None  # batches encoded between two moves of the encoders
     enable_encoder_dp: bool = False  # encoders split a batch over tensor-parallel ranks
 
+    # Fields of megatron-core's TransformerConfig, by name; the command line adds those that its flags decide.
+    megatron: FreeForm = Field(default_factory=FreeForm)
     custom: FreeForm = Field(default_factory=FreeForm)  # anything; for models of your own

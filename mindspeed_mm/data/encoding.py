@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mindspeed_mm.data.audio import load_audio
 from mindspeed_mm.data.images import load_image
 from mindspeed_mm.data.processors import load_processor
 from mindspeed_mm.data.prompts import ChatRenderer, Prompt
@@ -18,6 +19,7 @@ from mindspeed_mm.data.video import VideoLimits, load_video
 from mindspeed_mm.errors import UserError
 
 IGNORE_INDEX = -100
+_OF_AUDIO = ("input_features", "input_features_mask", "feature_attention_mask", "input_values")
 logger = logging.getLogger(__name__)
 
 
@@ -84,7 +86,9 @@ class ConversationEncoder:
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
         if self.options.chat_template is not None:
             self.processor.chat_template = self.options.chat_template
+        self._is_text_only = self.processor is self.tokenizer
         self._takes_images = hasattr(self.processor, "image_processor")
+        self._hears: Any = getattr(self.processor, "feature_extractor", None)
         self._renderer = ChatRenderer(self.processor, self.options.enable_thinking)
         self._image_options: dict[str, Any] = {}
         if self._takes_images and hasattr(self.processor.image_processor, "crop_to_patches"):
@@ -111,10 +115,11 @@ class ConversationEncoder:
         """
         images = row.get("images") or []
         if images and not self._takes_images:
-            raise BadSample(where, f"the row has images but the model in {self.options.folder} only reads text")
+            raise BadSample(where, f"the row has images but the model in {self.options.folder} takes none")
         options = self.options
-        if row.get("audios"):
-            raise BadSample(where, "the row has audio, which is not available; remove it")
+        audios = row.get("audios") or []
+        if audios and self._hears is None:
+            raise BadSample(where, f"the row has audio but the model in {options.folder} takes none; remove the row")
         videos = row.get("videos") or []
         if videos and not hasattr(self.processor, "video_processor"):
             raise BadSample(
@@ -124,9 +129,11 @@ class ConversationEncoder:
             )
         clips = [load_video(path, where, self.processor.video_processor, options.video) for path in videos]
         pictures = [load_image(path, where, options.image_max_pixels, options.image_min_pixels) for path in images]
+        longest = getattr(self._hears, "n_samples", None)
+        sounds = [load_audio(path, where, self._hears.sampling_rate, longest) for path in audios]
         try:
             prompt = self._renderer.render(row)
-            sample = self._shorten(*self._tokenize(prompt, pictures, clips), where)
+            sample = self._shorten(*self._tokenize(prompt, pictures, clips, sounds), where)
         except UserError as error:
             raise BadSample(where, str(error)) from None
         except Exception as error:  # templates and processors are the model's own code
@@ -139,7 +146,7 @@ class ConversationEncoder:
         """Return a short text sample without a target."""
         if self._stand_in is None:
             turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-            self._stand_in, _ = self._tokenize(self._renderer.render({"messages": turns}), [])
+            self._stand_in, _ = self._tokenize(self._renderer.render({"messages": turns}))
             self._stand_in["labels"].fill_(IGNORE_INDEX)
         return dict(self._stand_in)
 
@@ -154,24 +161,33 @@ class ConversationEncoder:
         answer = (sample.pop("labels") != IGNORE_INDEX).nonzero().flatten()
         start = int(answer[0])
         tokens = sample["input_ids"][answer]
-        return {key: v[None, :start] if v.ndim == 1 else v for key, v in sample.items()}, tokens
+        length = len(sample["input_ids"])
+        return {key: v[None, :start] if v.shape == (length,) else v for key, v in sample.items()}, tokens
 
     def _tokenize(
-        self, prompt: Prompt, pictures: list[Any], clips: Sequence[tuple[Any, Any]] = ()
+        self,
+        prompt: Prompt,
+        pictures: Sequence[Any] = (),
+        clips: Sequence[tuple[Any, Any]] = (),
+        sounds: Sequence[Any] = (),
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Return the sample and a mask (L,) of its image tokens."""
         # As in apply_chat_template: where the template has written the BOS token, a second one would be wrong.
         bos = self.tokenizer.bos_token
-        special = (self._takes_images or prompt.is_document) and not (bos is not None and prompt.text.startswith(bos))
+        has_bos = bos is not None and prompt.text.startswith(bos)
+        special = (not self._is_text_only or prompt.is_document) and not has_bos
         kwargs: dict[str, Any] = {"return_offsets_mapping": True, "add_special_tokens": special}
         if pictures:
-            kwargs.update(images=pictures, return_text_replacement_offsets=True, **self._image_options)
+            kwargs.update(images=list(pictures), images_kwargs={**self._image_options, "return_tensors": "pt"})
         if clips:
             frames, metadata = zip(*clips, strict=True)
             kwargs.update(videos=list(frames), video_metadata=list(metadata), do_sample_frames=False)
+        if sounds:
+            kwargs.update(audio=list(sounds), sampling_rate=self._hears.sampling_rate)
+        if pictures or clips or sounds:
             kwargs.update(return_text_replacement_offsets=True)
-        encoded = (self.processor if self._takes_images else self.tokenizer)(text=[prompt.text], **kwargs)
-        replaced = encoded.pop("text_replacement_offsets")[0] if pictures or clips else []
+        encoded = self.processor(text=[prompt.text], **kwargs)
+        replaced = encoded.pop("text_replacement_offsets", [[]])[0]
         encoded = encoded.convert_to_tensors("pt")
         starts, ends = encoded.pop("offset_mapping")[0].unbind(-1)
 
@@ -181,9 +197,10 @@ class ConversationEncoder:
                 mask |= (starts < end) & (ends > begin)
             return mask
 
-        # One row was encoded: keys of shape (1, L) are per token, the others belong to the images.
+        # One row was encoded: keys of shape (1, L) are per token, the others belong to the media; those of audio have
+        # a shape (1, ...) of their own, which may be the same.
         length = len(starts)
-        sample = {k: v[0] if v.shape[:2] == (1, length) else v for k, v in encoded.items()}
+        sample = {k: v[0] if v.shape[:2] == (1, length) and k not in _OF_AUDIO else v for k, v in encoded.items()}
         turns = prompt.turns[-1:] if self.options.mask_history else prompt.turns
         image_tokens = covers([item["new_span"] for item in replaced])
         target = covers([_moved(span, replaced) for span in turns])
@@ -211,7 +228,7 @@ class ConversationEncoder:
         if not self._warned:
             self._warned = True
             logger.warning("%s: %s: its end is cut off. Further cuts are not reported.", where, problem)
-        return {k: v[:limit] if v.ndim == 1 else v for k, v in sample.items()}
+        return {k: v[:limit] if v.shape == (length,) else v for k, v in sample.items()}
 
 
 def _moved(span: tuple[int, int], replaced: list[dict[str, Any]]) -> tuple[int, int]:

@@ -20,7 +20,7 @@ _WITHOUT_EFFECT: list[tuple[str, tuple[str, ...], str]] = [
     (_PREPROCESS, ("use_fast_tokenizer",), "the fast tokenizer is always used"),
     (_PREPROCESS, ("image_resolution",), "image_max_pixels and image_min_pixels decide"),
     (_PREPROCESS, ("video_resolution",), "video_max_pixels and video_min_pixels decide"),
-    (_PREPROCESS, ("audio_sampling_rate",), "rows with audio are refused"),
+    (_PREPROCESS, ("audio_sampling_rate",), "the feature extractor of the model decides"),
 ]
 _NOT_AVAILABLE: list[tuple[str, tuple[str, ...]]] = [
     (_PREPROCESS, ("split_special_tokens", "image_do_pan_and_scan", "use_audio_in_video")),

@@ -126,7 +126,10 @@ class _GuardedCollate:
         if mistake is not None:
             return mistake
         bad = [sample.error for sample in samples if isinstance(sample, _StandIn)]
-        batch = self.collate_fn([sample.values if isinstance(sample, _StandIn) else sample for sample in samples])
+        try:
+            batch = self.collate_fn([sample.values if isinstance(sample, _StandIn) else sample for sample in samples])
+        except UserError as error:
+            return error
         if bad:
             return Batch(batch, bad)
         return Parcel(batch) if type(batch) is dict and get_worker_info() is not None else batch

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mindspeed_mm.data.video import load_video_processor
+from mindspeed_mm.data.video_processors import load_video_processor
 from mindspeed_mm.errors import UserError
 
 # Where a folder may name its processor class, the most specific file first.

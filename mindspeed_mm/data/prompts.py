@@ -71,8 +71,7 @@ class ChatRenderer:
         if not self._between["user"].strip():
             raise UserError("the model's chat template puts nothing between two turns; their ends cannot be found")
         self._end_of_turn = self._leading_special_token(self._tail)
-        self._image_line_break = False
-        self._image_line_break = self._mark("images").endswith("\n")
+        self._line_breaks: dict[str, bool] = {}
 
     def render(self, row: Mapping[str, Any]) -> Prompt:
         """Render the conversation of a row as ``read_conversations`` gives it.
@@ -113,7 +112,7 @@ class ChatRenderer:
 
     def _mark(self, kind: str) -> str:
         """Return what the template writes for an image, a video or audio; nothing if it takes none."""
-        if not hasattr(self._processor, "image_processor"):
+        if self._processor is self._tokenizer:
             return ""
         before = [
             self._render([{"role": "user", "content": [*parts, {"type": "text", "text": _QUESTION}]}])
@@ -121,6 +120,11 @@ class ChatRenderer:
         ]
         with_mark, without = (text.partition(_QUESTION)[0] for text in before)
         return with_mark.removeprefix(without)
+
+    def _brings_line_break(self, kind: str) -> bool:
+        if kind not in self._line_breaks:
+            self._line_breaks[kind] = self._mark(f"{kind}s").endswith("\n")
+        return self._line_breaks[kind]
 
     def _expect_names(self, text: str, functions: list[Any], what: str) -> None:
         for name in (function["function"].get("name") for function in functions):
@@ -194,7 +198,7 @@ class ChatRenderer:
             if piece in marks:
                 parts.append({"type": marks[piece]})
                 continue
-            if parts and parts[-1]["type"] == "image" and self._image_line_break:
+            if parts and parts[-1]["type"] != "text" and self._brings_line_break(parts[-1]["type"]):
                 piece = piece.removeprefix("\n")
             if piece:
                 parts.append({"type": "text", "text": piece})

@@ -1,23 +1,18 @@
-"""Frames of videos, and Hugging Face's video processors where torchvision is missing."""
+"""The frames of a video that its model is to see."""
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from mindspeed_mm.data.images import bring_between
 from mindspeed_mm.data.quarantine import BadSample
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.extras import import_extra
 
-# Video processors whose module can be imported without torchvision.
-_MODULES = {"Qwen3VLProcessor": "qwen3_vl", "Glm4vProcessor": "glm4v"}
 _PICTURES = (".gif", ".webp", ".apng", ".png")
 
 
@@ -29,40 +24,6 @@ class VideoLimits:
     maxlen: int = 128
     max_pixels: int = 256 * 256
     min_pixels: int = 16 * 16
-
-
-def load_video_processor(processor_class: type, folder: str | Path) -> Any | None:
-    """Return the video processor of a folder with torch doing what torchvision would do; None where there is none."""
-    name = _MODULES.get(processor_class.__name__)
-    if name is None:
-        return None
-    module = importlib.import_module(f"transformers.models.{name}.video_processing_{name}")
-    original = getattr(module, processor_class.__name__.replace("Processor", "VideoProcessor"))
-    base = next(cls for cls in original.__mro__ if cls.__name__ == "BaseVideoProcessor")
-
-    class TorchOnly(base):  # type: ignore[misc, valid-type]
-        """The three operations for which the base class calls torchvision."""
-
-        def convert_to_rgb(self, video: torch.Tensor) -> torch.Tensor:
-            return video  # frames are decoded to RGB
-
-        def resize(self, image: torch.Tensor, size: Any, resample: Any = None, **_: Any) -> torch.Tensor:
-            # What torchvision does for tensors: antialiased, bicubic on the bytes themselves.
-            frames = image.reshape(-1, *image.shape[-3:])
-            frames = torch.nn.functional.interpolate(
-                frames, (size.height, size.width), mode="bicubic", align_corners=False, antialias=True
-            )
-            return frames.reshape(*image.shape[:-2], size.height, size.width)
-
-        def normalize(self, image: torch.Tensor, mean: Any, std: Any, **_: Any) -> torch.Tensor:
-            mean, std = (torch.as_tensor(value, dtype=torch.float32).view(-1, 1, 1) for value in (mean, std))
-            return (image - mean) / std
-
-    processor_type: Any = type(original.__name__, (original, TorchOnly), {"__module__": original.__module__})
-    try:
-        return processor_type.from_pretrained(folder, local_files_only=True)
-    except OSError:  # the folder does not describe one
-        return None
 
 
 def load_video(path: str, where: str, processor: Any, limits: VideoLimits) -> tuple[np.ndarray, Any]:
@@ -88,7 +49,7 @@ def load_video(path: str, where: str, processor: Any, limits: VideoLimits) -> tu
     try:
         with reader(path) as video:
             metadata = video.metadata()
-            indices = np.asarray(processor.sample_frames(metadata=metadata, fps=limits.fps)).tolist()
+            indices = _choose(metadata, processor, where, path, limits.fps)
             if len(indices) > limits.maxlen:
                 indices = np.linspace(0, metadata.total_num_frames - 1, limits.maxlen).round().astype(int).tolist()
             frames = [bring_between(frame, limits.min_pixels, limits.max_pixels) for frame in video.frames(indices)]
@@ -102,6 +63,19 @@ def load_video(path: str, where: str, processor: Any, limits: VideoLimits) -> tu
         )
     metadata.frames_indices = indices
     return np.stack([np.asarray(frame) for frame in frames]), metadata
+
+
+def _choose(metadata: Any, processor: Any, where: str, path: str, fps: float) -> list[int]:
+    try:
+        return np.asarray(processor.sample_frames(metadata=metadata, fps=fps)).tolist()
+    except ValueError:  # a formula that wants more frames than there are
+        return list(range(metadata.total_num_frames))
+    except ZeroDivisionError:  # a formula that has rounded the number of frames to 0
+        raise BadSample(
+            where,
+            f"video {path} of {metadata.duration:.2f} seconds is too short for {fps:g} frames per second; raise "
+            "preprocess_parameters.video_fps, or remove the row",
+        ) from None
 
 
 def _metadata(frames: int, fps: float, size: tuple[int, int]) -> Any:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from mindspeed_mm import accelerator
 
 
 def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
@@ -55,7 +57,7 @@ def total_grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
             groups[(gradient.device_mesh, gradient.placements) if is_sharded else None].append(gradient)
     total: Tensor | None = None
     for placement, gradients in groups.items():
-        squares = _sum_of_squares([_local(g) for g in gradients])
+        squares = sum_of_squares([_local(g) for g in gradients])
         if placement is not None:
             mesh, placements = placement
             for dimension, kind in enumerate(placements):
@@ -63,6 +65,34 @@ def total_grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
                     dist.all_reduce(squares, group=mesh.get_group(dimension))
         total = squares if total is None else total + squares
     return torch.zeros(()) if total is None else total.sqrt()
+
+
+def parameter_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Return the L2 norm of each gradient, (N,), the same on every rank; 0 where there is none.
+
+    Counts and accumulates as :func:`total_grad_norm` does, with as many collectives.
+    """
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for number, parameter in enumerate(parameters):
+        gradient = parameter.grad
+        if gradient is not None:
+            is_sharded = isinstance(gradient, DTensor)
+            groups[(gradient.device_mesh, gradient.placements) if is_sharded else None].append(number)
+    norms: dict[int, Tensor] = {}
+    for placement, numbers in groups.items():
+        local = [_local(parameters[number].grad) for number in numbers]
+        dtype = torch.float64 if local[0].dtype == torch.float64 else torch.float32
+        found = iter(torch._foreach_norm([t for t in local if t.numel()], 2, dtype=dtype) if local else [])
+        nothing = torch.zeros((), dtype=dtype, device=local[0].device)
+        squares = torch.stack([next(found) if t.numel() else nothing for t in local]).square()
+        if placement is not None:
+            mesh, placements = placement
+            for dimension, kind in enumerate(placements):
+                if kind.is_shard():
+                    dist.all_reduce(squares, group=mesh.get_group(dimension))
+        norms.update(zip(numbers, squares.sqrt().to(torch.float32).unbind(), strict=True))
+    some = next(iter(norms.values()), torch.zeros(()))
+    return torch.stack([norms.get(number, torch.zeros_like(some)) for number in range(len(parameters))])
 
 
 def clip_by_norm(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
@@ -74,10 +104,11 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _sum_of_squares(tensors: list[Tensor]) -> Tensor:
-    """Return the sum of squares as a scalar; a rank whose shards are all empty returns zero and takes part."""
-    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the sum of squares as a scalar; a rank that has nothing returns zero and takes part."""
+    double = bool(tensors) and tensors[0].dtype == torch.float64
+    dtype = torch.float64 if double else torch.float32
     filled = [t for t in tensors if t.numel()]
     if not filled:
-        return torch.zeros((), dtype=dtype, device=tensors[0].device)
+        return torch.zeros((), dtype=dtype, device=tensors[0].device if tensors else accelerator.device())
     return torch.stack(torch._foreach_norm(filled, 2, dtype=dtype)).square().sum()

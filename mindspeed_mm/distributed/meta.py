@@ -139,8 +139,13 @@ def initialize(
         for scope in _scopes(module):
             with _full_tensors(scope, wanted):
                 for submodule in (m for m in scope if m in todo):
-                    torch.default_generator.manual_seed(zlib.crc32(f"{seed} {todo[submodule]}".encode()))
+                    torch.default_generator.manual_seed(seed_of(seed, todo[submodule]))
                     init(submodule)
+
+
+def seed_of(seed: int, path: str) -> int:
+    """Return the seed of the generator that draws the parameters of the module at ``path``."""
+    return zlib.crc32(f"{seed} {path}".encode())
 
 
 def module_init(module: nn.Module, by_parts: bool = False) -> Callable[[nn.Module], None]:

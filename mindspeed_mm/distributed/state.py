@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 
 from mindspeed_mm import accelerator
+from mindspeed_mm.distributed import parallel
+from mindspeed_mm.distributed.parallel import ParallelSizes
 from mindspeed_mm.errors import UserError
 
 
@@ -116,10 +118,24 @@ def _wait_for(missing: list[int], deadline: float) -> None:
     time.sleep(0.1)
 
 
-def initialize(store: dist.Store | None, info: RankInfo, *, backend: str, timeout: timedelta | None) -> None:
-    """Bind the device, join the default process group and create megatron-core's groups (data parallel only).
+def initialize(
+    store: dist.Store | None,
+    info: RankInfo,
+    *,
+    backend: str,
+    timeout: timedelta | None,
+    sizes: ParallelSizes | None = None,
+) -> None:
+    """Bind the device, join the default process group and create megatron-core's groups.
 
-    A process group or megatron-core groups that exist already are used as they are.
+    A process group that exists already, or groups of these sizes, are used as they are.
+
+    Args:
+        store: where the ranks meet.
+        info: who this rank is.
+        backend: of the process group.
+        timeout: of its collectives.
+        sizes: of the groups; default data parallel only.
     """
     global _owns_process_group, _timeout
     _timeout = timeout
@@ -128,11 +144,7 @@ def initialize(store: dist.Store | None, info: RankInfo, *, backend: str, timeou
         dist.init_process_group(backend, store=store, rank=info.rank, world_size=info.world_size, timeout=timeout)
         _owns_process_group = True
     accelerator.load_megatron_core()
-    from megatron.core import parallel_state
-
-    if not parallel_state.model_parallel_is_initialized():
-        minutes = {} if timeout is None else {"distributed_timeout_minutes": timeout.total_seconds() / 60}
-        parallel_state.initialize_model_parallel(**minutes)
+    parallel.create_groups(sizes or ParallelSizes(), timeout)
 
 
 def host_group(purpose: str, ranks: Sequence[int] | None = None, timeout: timedelta | None = None) -> dist.ProcessGroup:
@@ -161,9 +173,7 @@ def shutdown() -> None:
     global _owns_process_group
     if not _owns_process_group:
         return
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
+    parallel.destroy_groups()
     dist.destroy_process_group()
     _host_groups.clear()
     _owns_process_group = False
@@ -171,9 +181,12 @@ def shutdown() -> None:
 
 def data_parallel_group() -> dist.ProcessGroup:
     """Return megatron-core's data-parallel group, context-parallel ranks included: what FSDP2 shards over."""
-    from megatron.core import parallel_state
+    return parallel.replica_group()
 
-    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+def loader_group() -> dist.ProcessGroup:
+    """Return the ranks that read different samples: the data-parallel group without context-parallel ranks."""
+    return parallel.loader_group()
 
 
 def is_last_rank() -> bool:

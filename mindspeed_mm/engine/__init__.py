@@ -1,5 +1,5 @@
 """The two roads behind one interface: what the training loop may ask of them."""
 
-from mindspeed_mm.engine.base import Engine, StepResult
+from mindspeed_mm.engine.base import Engine, Listener, StepResult
 
-__all__ = ["Engine", "StepResult"]
+__all__ = ["Engine", "Listener", "StepResult"]

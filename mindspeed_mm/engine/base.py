@@ -27,11 +27,35 @@ class StepResult:
     grad_norm: Tensor
 
 
+class Listener(Protocol):
+    """Who is told what happens within a training step. Nothing that it is given may be changed, or kept as it is."""
+
+    def loss(self, loss: Tensor, num_tokens: Tensor | None) -> None:
+        """The backward pass of a micro-batch is about to start from ``loss``, of so many target tokens if known."""
+
+    def gradients_reduced(self, factor: Tensor | float) -> None:
+        """All gradients are those of the global batch; they were multiplied by ``factor`` after the backward passes."""
+
+    def gradients_clipped(self, grad_norm: Tensor) -> None:
+        """The optimizer is about to use the gradients, whose norm before clipping this was."""
+
+    def updated(self) -> None:
+        """The optimizer has made its step, or left it out."""
+
+
 class Engine(Protocol):
     """A model with its optimizer, ready to train."""
 
     module: nn.Module
     optimizer: Optimizer
+    listeners: list[Listener]
+
+    @property
+    def parameter_count(self) -> int:
+        """The parameters of the whole model, on all ranks together, each counted once."""
+
+    def seed(self, seed: int) -> None:
+        """Start the random streams of training (dropout); the seed is this data-parallel rank's."""
 
     def forward_backward(
         self,

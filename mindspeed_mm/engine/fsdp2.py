@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
+from mindspeed_mm import accelerator
 from mindspeed_mm.distributed.grad_norm import clip_by_norm, scale_gradients, total_grad_norm
 from mindspeed_mm.distributed.phases import phase
 from mindspeed_mm.distributed.state import host_group
-from mindspeed_mm.engine.base import ForwardStep, Report, StepResult
-from mindspeed_mm.engine.loss_result import LossResult, at_least_one, read_loss
+from mindspeed_mm.engine.base import ForwardStep, Listener, Report, StepResult
+from mindspeed_mm.engine.loss_result import LossResult, at_least_one, one_if_finite, read_forward, read_loss
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.optimizer.skipping import step_if_finite
 
@@ -32,12 +33,16 @@ class FSDP2Engine:
 
         sum of loss_sum over ranks and micro-batches / sum of num_tokens over ranks and micro-batches.
 
+    ``per_sample_loss`` is the same of ``(loss_sum, num_samples, report)``, so that samples weigh the same however many
+    a micro-batch has; where ``loss_func`` returns a mean, it is the mean of means.
+
     Args:
         module: the sharded module.
         optimizer: over its parameters.
         group: the data-parallel ranks.
         clip_grad: largest gradient norm; 0 leaves the gradients alone.
         per_token_loss: divide by the target tokens of the global batch.
+        per_sample_loss: divide by the samples of the global batch.
         replicated: parameters FSDP does not manage; this engine reduces their gradients.
     """
 
@@ -49,6 +54,7 @@ class FSDP2Engine:
         group: dist.ProcessGroup,
         clip_grad: float,
         per_token_loss: bool = False,
+        per_sample_loss: bool = False,
         replicated: Sequence[nn.Parameter] = (),
     ) -> None:
         self.module = module
@@ -57,12 +63,23 @@ class FSDP2Engine:
         self.world_size = dist.get_world_size(group)
         self.clip_grad = clip_grad
         self.per_token_loss = per_token_loss
+        self.divides_globally = per_token_loss or per_sample_loss
         self.replicated = [p for p in replicated if p.requires_grad]
+        self.listeners: list[Listener] = []
         self.parameters = [p for _, p in module.named_parameters() if p.requires_grad]
         self.fsdp_roots = _outermost(module)
         # What only the hosts know is agreed between hosts, so that they do not wait for their devices.
         ranks = dist.get_process_group_ranks(group)
         self._host_group = host_group("replicated", ranks) if self.replicated else None
+
+    @property
+    def parameter_count(self) -> int:
+        """The parameters of the whole model."""
+        return sum(p.numel() for p in self.module.parameters())
+
+    def seed(self, seed: int) -> None:
+        """Start the random streams of training."""
+        accelerator.seed_all(seed)
 
     def forward_backward(
         self,
@@ -73,7 +90,7 @@ class FSDP2Engine:
     ) -> list[Report]:
         """Run the micro-batches; after the last one every gradient is reduced over the ranks."""
         reports: list[Report] = []
-        token_counts: list[Tensor] = []
+        counts: list[Tensor] = []
         for index in range(num_microbatches):
             if not forward_only:
                 self._reduce_after_this(index == num_microbatches - 1)
@@ -82,14 +99,17 @@ class FSDP2Engine:
             if not forward_only:
                 loss = self._to_optimise(result, num_microbatches)
                 if result.num_tokens is not None:
-                    token_counts.append(result.num_tokens)
+                    counts.append(result.num_tokens)
+                for listener in self.listeners:
+                    listener.loss(loss, result.num_tokens)
                 with phase("backward"):
-                    loss.backward(_one_if_finite(loss))
+                    loss.backward(one_if_finite(loss))
             reports.append(result.report)
         if not forward_only:
             self._reduce_replicated()
-            if self.per_token_loss:
-                self._divide_by_tokens(token_counts)
+            factor = self._divide_by_all(counts) if self.divides_globally and counts else 1.0
+            for listener in self.listeners:
+                listener.gradients_reduced(factor)
         return reports
 
     def optimizer_step(self) -> StepResult:
@@ -98,16 +118,17 @@ class FSDP2Engine:
             norm = total_grad_norm(self.parameters)
             if self.clip_grad > 0:
                 clip_by_norm(self.parameters, norm, self.clip_grad)
+            for listener in self.listeners:
+                listener.gradients_clipped(norm)
             step_if_finite(self.optimizer, norm)
+            for listener in self.listeners:
+                listener.updated()
             self.optimizer.zero_grad(set_to_none=True)
         return StepResult(norm)
 
     def _forward(self, forward_step: ForwardStep, data_iterator: Iterator[Any] | None) -> LossResult:
-        pair = forward_step(data_iterator, self.module)
-        if not (isinstance(pair, tuple) and len(pair) == 2 and callable(pair[1])):
-            raise UserError(f"forward_step returned a {type(pair).__name__}: it must return '(output, loss_func)'.")
-        output, loss_func = pair
-        return read_loss(loss_func(output), per_token_loss=self.per_token_loss)
+        output, loss_func = read_forward(forward_step(data_iterator, self.module))
+        return read_loss(loss_func(output), per_token_loss=self.divides_globally)
 
     def _to_optimise(self, result: LossResult, num_microbatches: int) -> Tensor:
         """Scale a micro-batch's loss so that the reduced gradient is that of the class's formula."""
@@ -123,8 +144,8 @@ class FSDP2Engine:
                     "--calculate-per-token-loss: loss_func returned a mean. It must return "
                     "'(loss_sum, num_tokens, report)', which is divided by the tokens of the global batch."
                 )
-        elif self.per_token_loss:
-            return result.loss  # divided by the global number of tokens once that is known
+        elif self.divides_globally:
+            return result.loss  # divided by the global number once that is known
         return result.mean / parts
 
     def _reduce_after_this(self, last: bool) -> None:
@@ -149,16 +170,14 @@ class FSDP2Engine:
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad, group=self.group)
 
-    def _divide_by_tokens(self, counts: list[Tensor]) -> None:
+    def _divide_by_all(self, counts: list[Tensor]) -> Tensor:
+        """Return what the gradients were multiplied with."""
         total = torch.stack(counts).sum()
         dist.all_reduce(total, group=self.group)
         total = total.to(torch.promote_types(self.parameters[0].dtype, torch.float32))
-        scale_gradients(self.parameters, 1 / at_least_one(total))
-
-
-def _one_if_finite(loss: Tensor) -> Tensor:
-    """Return the gradient to start from: NaN for a loss that is not finite, so that no rank updates its weights."""
-    return loss.detach() * 0 + 1
+        factor = 1 / at_least_one(total)
+        scale_gradients(self.parameters, factor)
+        return factor
 
 
 def _outermost(module: nn.Module) -> list[FSDPModule]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ class LossResult:
 
     Attributes:
         loss: the mean, or the sum over ``num_tokens`` when that is given.
-        num_tokens: number of target tokens behind a summed loss, an integer scalar; None for a mean.
+        num_tokens: number of target tokens, or of samples, behind a summed loss, a scalar; None for a mean.
         report: what is logged.
     """
 
@@ -32,6 +33,18 @@ class LossResult:
     def mean(self) -> Tensor:
         """The loss over its own number of tokens; 0 without tokens."""
         return self.loss if self.num_tokens is None else self.loss / at_least_one(self.num_tokens)
+
+
+def read_forward(pair: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """Check what ``forward_step`` returned: ``(output, loss_func)``."""
+    if not (isinstance(pair, tuple) and len(pair) == 2 and callable(pair[1])):
+        raise UserError(f"forward_step returned a {type(pair).__name__}: it must return '(output, loss_func)'.")
+    return pair
+
+
+def one_if_finite(loss: Tensor) -> Tensor:
+    """Return the gradient to start from: NaN for a loss that is not finite, so that no rank updates its weights."""
+    return loss.detach() * 0 + 1
 
 
 def at_least_one(count: Tensor) -> Tensor:
@@ -47,7 +60,7 @@ def read_loss(result: Any, *, per_token_loss: bool) -> LossResult:
 
     Args:
         result: what ``loss_func`` returned.
-        per_token_loss: a sum is divided by the tokens of the global batch, not by its own.
+        per_token_loss: a sum is divided by the number in the global batch, not by its own.
 
     Raises:
         UserError: the value has none of these forms.

@@ -12,6 +12,7 @@ from mindspeed_mm.losses.cross_entropy import (
     token_losses,
     token_sum_loss,
 )
+from mindspeed_mm.losses.vocab_parallel import vocab_parallel_token_losses
 
 __all__ = [
     "IGNORE",
@@ -25,4 +26,5 @@ __all__ = [
     "sum_by_sample",
     "token_losses",
     "token_sum_loss",
+    "vocab_parallel_token_losses",
 ]

@@ -20,10 +20,12 @@ from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.common.lookup import lookup
 from mindspeed_mm.models.common.modelzoo import ModelHub
 from mindspeed_mm.models.common.module import MultiModalModule
+from mindspeed_mm.models.common.strict_forward import leave_out_what_it_does_not_take
 from mindspeed_mm.models.transformers.attention import attention_implementation
 from mindspeed_mm.models.transformers.base_model import FSDP2Mixin
+from mindspeed_mm.models.transformers.blank_audio import BlankAudio
 from mindspeed_mm.models.transformers.blank_image import BlankImage
-from mindspeed_mm.models.transformers.families import family_of, has_vision
+from mindspeed_mm.models.transformers.families import family_of, has_audio, has_vision
 from mindspeed_mm.models.transformers.freeze import freeze_components
 from mindspeed_mm.models.transformers.language_loss import LanguageModelLoss
 from mindspeed_mm.models.transformers.packed_attention import PackedAttention
@@ -74,6 +76,7 @@ class TransformersModel(MultiModalModule):
         else:
             self.model = _from_pretrained(model_cls, self.hf_path, self.transformer_config, config, options)
         self.model.train()
+        leave_out_what_it_does_not_take(self.model)
         self._loss.attach(self.model)
 
         family = family_of(self.transformer_config)
@@ -83,11 +86,17 @@ class TransformersModel(MultiModalModule):
         else:
             freeze_components(self.model, family, config)
         self._blank_image = BlankImage(self.model, family, self.transformer_config) if family.dummy_image else None
-        if has_vision(self.transformer_config) and self._blank_image is None and _is_one_of_several_ranks():
-            warn_rank_0(
-                f"{model_cls.__name__} has a vision tower but no entry in FAMILIES (mindspeed_mm/models/transformers/"
-                f"families.py): every micro-batch of every rank needs an image, or the ranks fall out of step."
-            )
+        self._blank_audio = BlankAudio(self.model, family, self.transformer_config) if family.dummy_audio else None
+        for tower, thing, there, blank in (
+            ("a vision tower", "an image", has_vision, self._blank_image),
+            ("an audio tower", "audio", has_audio, self._blank_audio),
+        ):
+            if there(self.transformer_config) and blank is None and _is_one_of_several_ranks():
+                warn_rank_0(
+                    f"{model_cls.__name__} has {tower} but no entry for it in FAMILIES (mindspeed_mm/models/"
+                    f"transformers/families.py): every micro-batch of every rank needs {thing}, or the ranks fall out "
+                    "of step."
+                )
         self._packed_attention = PackedAttention(self.model)
         self._vision_metadata = VisionMetadata(self.model)
         self._accepts = set(inspect.signature(self.model.forward).parameters)
@@ -121,6 +130,7 @@ class TransformersModel(MultiModalModule):
         Returns:
             ``loss``, a scalar, reduced as ``loss_cfg.loss_type`` says; ``loss_mask``, (B, S) bool, the positions
             that predict a target; for ``per_token_loss``, where ``loss`` is a sum, ``token_nums``, int64 scalar;
+            for ``per_sample_loss``, where it is a mean, ``sample_nums``, int64 scalar, the samples it is the mean of;
             with a router loss, ``aux_loss``, scalar: times its coefficient, and times ``token_nums`` where ``loss``
             is a sum, it is already part of ``loss``.
         """
@@ -129,8 +139,9 @@ class TransformersModel(MultiModalModule):
         batch = {key: value for key, value in batch.items() if value is not None}
         self._add_token_types(input_ids, batch)
         with ExitStack() as around:
-            if self._blank_image:
-                around.enter_context(self._blank_image.for_batch(batch))
+            for blank in (self._blank_image, self._blank_audio):
+                if blank:
+                    around.enter_context(blank.for_batch(batch))
             around.enter_context(self._packed_attention.for_batch(cu_seqlens, max_seqlen))
             around.enter_context(self._vision_metadata.for_batch(vision_metadata, input_ids.device))
             return self._loss(self.model, {"input_ids": input_ids, **batch}, labels, cu_seqlens)

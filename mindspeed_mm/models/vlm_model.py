@@ -1,18 +1,308 @@
-"""The documented import path of the model that ``pretrain_vlm.py`` assembles from Megatron parts."""
+"""The model of ``pretrain_vlm.py``: a Hugging Face vision tower before a Megatron text decoder."""
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mindspeed_mm import accelerator
+from mindspeed_mm.configs.model import ModelConfig
+from mindspeed_mm.distributed.sequence_split import SequenceSplit
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.losses import IGNORE, REDUCTIONS, logits_bytes, shift_labels, sum_by_sample
+from mindspeed_mm.losses.chunked import LARGE_LOGITS
+from mindspeed_mm.models.common.lookup import lookup
+from mindspeed_mm.models.common.module import MultiModalModule
+from mindspeed_mm.models.megatron import deepstack
+from mindspeed_mm.models.megatron.blueprint import read_blueprint
+from mindspeed_mm.models.megatron.config import transformer_config
+from mindspeed_mm.models.megatron.layout import hf_shapes
+from mindspeed_mm.models.megatron.positions import Positions
+from mindspeed_mm.models.megatron.stages import layers_of_chunks
+from mindspeed_mm.models.megatron.vision import ImageEncoder
+from mindspeed_mm.models.transformers.attention import attention_implementation
+from mindspeed_mm.models.transformers.base_model import FSDP2Mixin
 
 
-class VLMModel:
-    """Not available yet: importing it works, so that scripts which only name it run; building it is an error."""
+class VLMModel(MultiModalModule, FSDP2Mixin):
+    """One pipeline chunk of a vision language model, or all of it, with random weights.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise UserError(
-            "VLMModel needs the Megatron road, which this version does not have; use "
-            "mindspeed_mm.models.transformers_model.TransformersModel with pretrain_transformers.py and "
-            "--use-torch-fsdp2, and set init_from_hf_path in model.json."
+    The layout is that of megatron-core's parallel state, which has to be initialized.
+
+    Attributes:
+        image_encoder: :class:`~mindspeed_mm.models.megatron.vision.ImageEncoder` on the first chunk, else None.
+        text_decoder: :class:`~mindspeed_mm.models.megatron.decoder.TextDecoder`, a megatron-core ``GPTModel``.
+        config: the ``TransformerConfig`` of the text decoder.
+        blueprint: the Hugging Face model that it computes the same as.
+        weights_source: the Hugging Face folder whose weights are to be read into it; None for random ones.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> None:
+        """Build from model.json.
+
+        Args:
+            config: model.json.
+            pre_process: whether this is the first chunk, default ``config.pre_process``.
+            post_process: whether this is the last chunk, default ``config.post_process``.
+            vp_stage: number of this chunk in its stage; None: the one megatron-core's parallel state is at.
+
+        Raises:
+            UserError: model.json is incomplete or contradicts its Hugging Face folder, megatron-core cannot compute
+                this model, or the layout does not fit it.
+        """
+        accelerator.prepare_megatron_layers()
+        from megatron.core import parallel_state
+        from megatron.core.enums import ModelType
+
+        from mindspeed_mm.models.megatron.decoder import TextDecoder
+
+        self.pre_process = config.pre_process if pre_process is None else pre_process
+        self.post_process = config.post_process if post_process is None else post_process
+        self.blueprint = read_blueprint(config)
+        self._engine = engine = accelerator.has_transformer_engine() and not (
+            config.text_decoder and config.text_decoder.use_te is False
         )
+        super().__init__(transformer_config(config, self.blueprint, transformer_engine=engine))
+        self.model_type = ModelType.encoder_or_decoder  # read by megatron-core's schedules
+        self.vp_stage = parallel_state.get_virtual_pipeline_model_parallel_rank() if vp_stage is None else vp_stage
+
+        written = lookup(config, "text_decoder.pipeline_num_layers")
+        stages = self.config.pipeline_model_parallel_size
+        chunks = self.config.virtual_pipeline_model_parallel_size or 1
+        division = layers_of_chunks(self.config.num_layers, stages, chunks, written)
+        deepstack.check_first_chunk(self.blueprint.deepstack, division[0][0])
+        layers = division[parallel_state.get_pipeline_model_parallel_rank()][self.vp_stage or 0]
+
+        self.image_encoder = None
+        if self.pre_process and self.blueprint.backbone_path:
+            self.image_encoder = ImageEncoder(
+                self.blueprint,
+                self.config.params_dtype,
+                attention_implementation(config, self.blueprint.config),
+                parallel_state.get_tensor_model_parallel_group() if config.enable_encoder_dp else None,
+            )
+        self.text_decoder = TextDecoder(
+            self.config, self.blueprint, layers, self.pre_process, self.post_process, self.vp_stage, engine
+        )
+        deepstack.add_features(self.text_decoder.decoder.layers[: self.blueprint.deepstack] if self.pre_process else [])
+        self._check(layers)
+        self._positions = Positions(self.blueprint)
+        self._loss = config.loss_cfg
+        self._freezes = config
+        self.freeze()
+        self.weights_source = None if config.random_init else config.init_from_hf_path
+
+    def _check(self, layers: range) -> None:
+        """Compare what was built with what the Hugging Face model has."""
+        built, theirs = hf_shapes(self), dict(self.blueprint.model.named_parameters())
+        wanted = {
+            name: tuple(theirs[name].shape)
+            for name in self.blueprint.names(self.pre_process, self.post_process, layers)
+        }
+        if built != wanted:
+            wrong = sorted(name for name in built.keys() | wanted.keys() if built.get(name) != wanted.get(name))
+            lines = [f"  {name}: Hugging Face {wanted.get(name)}, Megatron {built.get(name)}" for name in wrong[:8]]
+            raise UserError(
+                "\n".join([f"{type(self.blueprint.model).__name__} cannot be built of megatron-core's layers:", *lines])
+            )
+
+    @property
+    def share_embeddings_and_output_weights(self) -> bool:
+        """Whether input and output embeddings are tied; megatron-core then adds up their gradients."""
+        return bool(self.text_decoder.share_embeddings_and_output_weights)
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """Return this chunk's copy of the tied embedding."""
+        weight: Tensor | None = self.text_decoder.shared_embedding_or_output_weight()
+        return weight
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Take the hidden states of the previous pipeline chunk, (S, B, H), or a list of them alone."""
+        self.text_decoder.set_input_tensor(input_tensor)
+
+    def freeze(
+        self,
+        config: Any = None,
+        *,
+        freeze_image_encoder: bool | None = None,
+        freeze_image_projection: bool | None = None,
+        freeze_audio_encoder: bool = True,
+    ) -> None:
+        """Say what is trained; called with model.json's choice when the model is built.
+
+        Args:
+            config: unused.
+            freeze_image_encoder: default ``image_encoder.vision_encoder.freeze``, and True without it.
+            freeze_image_projection: default ``image_encoder.vision_projector.freeze``, and False without it.
+            freeze_audio_encoder: unused, there is none.
+        """
+        frozen = {
+            "vision_encoder": _first(
+                freeze_image_encoder, lookup(self._freezes, "image_encoder.vision_encoder.freeze"), True
+            ),
+            "vision_projector": _first(
+                freeze_image_projection, lookup(self._freezes, "image_encoder.vision_projector.freeze"), False
+            ),
+        }
+        if self.image_encoder is not None:
+            for name, parameter in self.image_encoder.named_parameters():
+                component = self.image_encoder.family.component_of(self.image_encoder.hf_name(name))
+                parameter.requires_grad = not frozen[component or "vision_projector"]
+        self.text_decoder.requires_grad_(not lookup(self._freezes, "text_decoder.freeze", False))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        inference_params: Any = None,
+        decoder_input: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        packed_seq_params: Any = None,
+        extra_block_kwargs: Any = None,
+        cache_position: Any = None,
+        rope_deltas: Any = None,
+        image_flags: Tensor | None = None,
+        transfer: Any = None,
+        *,
+        vision_metadata: dict[str, dict[str, Any]] | None = None,
+        cu_seqlens: Tensor | None = None,
+        **media: Any,
+    ) -> Any:
+        """Run this chunk on a micro-batch, the same on all chunks.
+
+        Args:
+            input_ids: (B, S) tokens; padding may be at the end only.
+            pixel_values: of all images, as the Hugging Face model takes them; used on the first chunk.
+            image_grid_thw: (images, 3), for families that have it.
+            attention_mask: (B, S), 0 for padding.
+            labels: (B, S), the token ids that are targets and negative elsewhere; shifted here.
+            inference_params: unused, like the others of the documented signature that are not described.
+            decoder_input: (B, S, H), in the place of the embedded and merged input.
+            position_ids: (B, S) or (3, B, S); None: as the Hugging Face model computes them.
+            packed_seq_params: of packed sequences.
+            extra_block_kwargs: unused.
+            cache_position: unused.
+            rope_deltas: unused.
+            image_flags: (images,) or (images, 1), 0 for images that only fill up.
+            transfer: unused.
+            vision_metadata: what the tower would compute from the grids.
+            cu_seqlens: (N + 1,) where the N samples of a packed row lie.
+            **media: what else the Hugging Face model takes, videos for example; None is left out.
+
+        Returns:
+            The hidden states (S, B, H) unless this is the last chunk. There, ``loss_dict`` and ``logits`` (B, S, V),
+            this rank's part of the vocabulary and of the positions (see
+            :class:`~mindspeed_mm.distributed.sequence_split.SequenceSplit`), None where they are computed in chunks.
+            ``loss_dict`` holds ``loss``, a scalar reduced as ``loss_cfg.loss_type`` says; ``loss_mask``, (B, S) bool;
+            and for ``per_token_loss``, where ``loss`` is a sum, ``token_nums``, int64 scalar. Under context
+            parallelism the mean of the ranks' ``loss`` is that of the whole sequences, or where it is a sum their sum,
+            and ``loss_mask`` is of all positions. Without labels, ``loss`` None and ``logits``.
+        """
+        if image_flags is not None and pixel_values is not None:
+            pixel_values = pixel_values[image_flags.flatten() == 1]
+        media.update(pixel_values=pixel_values, image_grid_thw=image_grid_thw)
+        media = {key: value for key, value in media.items() if value is not None}
+        if position_ids is None:
+            position_ids = self._positions(input_ids, attention_mask, media)
+        features = None
+        if self.pre_process and decoder_input is None:
+            decoder_input, features = self._embed(input_ids, {**media, "position_ids": position_ids}, vision_metadata)
+        split = self._split(input_ids.shape[1], cu_seqlens)
+        hidden = self.text_decoder(
+            None if decoder_input is None else split.take(decoder_input, 1).transpose(0, 1).contiguous(),
+            split.take(position_ids, -1),
+            packed_seq_params=packed_seq_params or self._packed(split),
+            features=None if features is None else split.take(features, 1),
+        )
+        if not self.post_process:
+            return hidden
+        if labels is None:
+            return {"loss": None, "logits": self._by_sample(self.text_decoder.logits(hidden), input_ids)}
+        return self._with_loss(hidden, labels, cu_seqlens, split)
+
+    def _split(self, length: int, cu_seqlens: Tensor | None) -> SequenceSplit:
+        """Return which positions of the micro-batch this rank computes."""
+        from megatron.core import parallel_state
+
+        split = SequenceSplit(
+            length,
+            cu_seqlens,
+            size=parallel_state.get_context_parallel_world_size(),
+            rank=parallel_state.get_context_parallel_rank(),
+            divisor=self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1,
+        )
+        if self.config.moe_token_dispatcher_type == "allgather" and self.config.expert_model_parallel_size > 1:
+            # It wants one length on all ranks that share experts, and the host waits; alltoall needs none of this.
+            longest = torch.tensor(sum(split.lengths), device=accelerator.device())
+            dist.all_reduce(longest, dist.ReduceOp.MAX, group=parallel_state.get_expert_model_parallel_group())
+            split.extend(int(longest))
+        return split
+
+    def _packed(self, split: SequenceSplit) -> Any:
+        """Return where packed samples begin, in megatron-core's form; the angles are those of each position already."""
+        if split.cu_seqlens is None:
+            return None
+        from megatron.core.packed_seq_params import PackedSeqParams
+
+        if self._engine:
+            raise UserError(
+                "packing: TransformerEngine's layers would let the samples of a packed row see each other; set "
+                "text_decoder.use_te to false in model.json, or packing to false in data.json"
+            )
+        params = PackedSeqParams(qkv_format="sbhd", cu_seqlens_q=split.cu_seqlens, cu_seqlens_kv=split.cu_seqlens)
+        params.lengths = list(split.lengths)
+        return params
+
+    def _embed(self, input_ids: Tensor, media: dict[str, Any], metadata: Any) -> tuple[Tensor, Tensor | None]:
+        if self.image_encoder is None:
+            return self.text_decoder.embed(input_ids), None
+        merged = self.image_encoder(self.text_decoder.embed, input_ids, media, metadata)
+        if not merged.features:
+            return merged.embeddings, None
+        return merged.embeddings, deepstack.spread(merged.features, merged.mask)
+
+    def _with_loss(
+        self, hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None, split: SequenceSplit
+    ) -> dict[str, Any]:
+        from mindspeed_mm.models.megatron.loss import losses_in_chunks, losses_of_logits
+
+        targets = shift_labels(labels)
+        mask = targets != IGNORE
+        counts = sum_by_sample(mask, cu_seqlens)
+        targets = split.take(targets, 1, IGNORE)
+        mode, words = self._loss.compute_mode, self.text_decoder.vocab_size // self.config.tensor_model_parallel_size
+        if mode == "chunk" or (mode == "auto" and logits_bytes(targets.numel(), words) > LARGE_LOGITS):
+            logits = None
+            losses = losses_in_chunks(self.text_decoder, hidden, targets.t(), self._loss.chunk_size)
+        else:
+            logits = self.text_decoder.logits(hidden)
+            losses = losses_of_logits(logits, targets.t())
+        bounds = split.local_cu_seqlens
+        sums = sum_by_sample(losses.t(), None if bounds is None else bounds.to(losses.device))
+        result = {"loss": REDUCTIONS[self._loss.loss_type](sums, counts), "loss_mask": mask}
+        if self._loss.loss_type == "per_token_loss":
+            result["token_nums"] = (targets != IGNORE).sum()
+        else:
+            result["loss"] = result["loss"] * self.config.context_parallel_size
+        return {"loss_dict": result, "logits": None if logits is None else self._by_sample(logits, labels)}
+
+    def _by_sample(self, logits: Tensor, whole: Tensor) -> Tensor:
+        """Put the batch first, and leave out the positions that were added, where these are the last ones."""
+        logits = logits.transpose(0, 1)
+        return logits if self.config.context_parallel_size > 1 else logits[:, : whole.shape[1]]
+
+
+def _first(*values: bool | None) -> bool:
+    return bool(next(value for value in values if value is not None))

@@ -19,6 +19,8 @@ class Schedule(OptimizerParamScheduler):
     At each step a group gets ``lr = scheduled_lr * lr_mult`` and ``weight_decay = scheduled_wd * wd_mult``.
     """
 
+    num_steps: int
+
     def step(self, increment: int) -> None:
         """Advance by ``increment`` samples and write the new values into the optimizer's groups."""
         self.num_steps += increment
@@ -30,6 +32,15 @@ class Schedule(OptimizerParamScheduler):
     def current_lr(self) -> float:
         """The learning rate of a group without a multiplier of its own, for the log."""
         return float(self.get_lr({}))
+
+    def preview(self, samples: int) -> float:
+        """Return what :attr:`current_lr` is after so many samples."""
+        before = self.num_steps
+        self.num_steps = samples
+        try:
+            return self.current_lr
+        finally:
+            self.num_steps = before
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the position, and check that the schedule is still the one that was saved.

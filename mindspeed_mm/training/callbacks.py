@@ -15,15 +15,22 @@ Iterators = tuple["Iterator[Any] | None", dict[str, Iterator[Any]], dict[str, It
 """For training; for validation and test by the name of the data set, which is empty where there is only one."""
 
 
-def call_model_provider(provider: Callable[..., Any]) -> nn.Module:
-    """Call ``model_provider`` with the ``pre_process`` and ``post_process`` keywords it accepts.
+def call_model_provider(
+    provider: Callable[..., Any],
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+) -> nn.Module:
+    """Call ``model_provider`` with those of the keywords ``pre_process``, ``post_process``, ``vp_stage`` it accepts.
 
     Raises:
         UserError: it returned something that is not a module.
     """
     accepted = inspect.signature(provider).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-    keywords = {name: True for name in ("pre_process", "post_process") if takes_any or name in accepted}
+    offered = {"pre_process": pre_process, "post_process": post_process, "vp_stage": vp_stage}
+    # Published scripts pass what they are given on to models that know no vp_stage.
+    keywords = {k: v for k, v in offered.items() if k in accepted or (takes_any and v is not None)}
     model = provider(**keywords)
     if not isinstance(model, nn.Module):
         raise UserError(f"model_provider returned a {type(model).__name__}: it must return a torch.nn.Module.")

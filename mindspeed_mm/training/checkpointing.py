@@ -13,14 +13,16 @@ from transformers import PreTrainedModel
 
 from mindspeed_mm import accelerator
 from mindspeed_mm.checkpoint import store
-from mindspeed_mm.checkpoint.adapters import adapter_config, adapter_files, check_adapters, export_adapter
+from mindspeed_mm.checkpoint.adapters import adapter_config, adapter_files, check_adapters, write_adapter
 from mindspeed_mm.checkpoint.background import HostCopy
 from mindspeed_mm.checkpoint.coordination import gather, rank, run_together
 from mindspeed_mm.checkpoint.hf_export import export_hf
 from mindspeed_mm.checkpoint.hf_import import load_hf_weights
 from mindspeed_mm.checkpoint.publish import TRACKER, clean_up, is_hf_folder
 from mindspeed_mm.checkpoint.retention import Retention
+from mindspeed_mm.checkpoint.run_state import ModuleState, RunState
 from mindspeed_mm.checkpoint.tensors import clean_name
+from mindspeed_mm.distributed.main_parameters import unwrap
 from mindspeed_mm.distributed.state import print_rank_0, warn_rank_0
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.transformers_model import TransformersModel
@@ -36,10 +38,19 @@ class Checkpointer:
         model: the sharded model.
         optimizer: over its parameters.
         schedule: of that optimizer.
+        state: what the store is given of model and optimizer; default these themselves.
     """
 
-    def __init__(self, args: Namespace, model: nn.Module, optimizer: Optimizer, schedule: Schedule) -> None:
+    def __init__(
+        self,
+        args: Namespace,
+        model: nn.Module,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        state: RunState | None = None,
+    ) -> None:
         self.args = args
+        self.state = state or ModuleState(model, optimizer)
         self.model = model
         self.optimizer = optimizer
         self.schedule = schedule
@@ -50,10 +61,45 @@ class Checkpointer:
         self._rank_state: dict[str, Any] | None = None
         self._positions: dict[str, Any] = {}
         self._consumed_samples = 0
-        self._has_adapters = adapter_config(hf_model(model)) is not None
+        self._adapters = self.adapter_config()
         # Weights that do not change and can be read again are not saved.
-        self._base = base_folder(args, model) if self._has_adapters else None
+        self._adapters_only = getattr(self._adapters, "base_model_name_or_path", None) is not None
         self._loaded: Path | None = None
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """How the model is split; the same on all ranks."""
+        return {}
+
+    def random_state(self) -> dict[str, Any]:
+        """Return the state of all generators of this rank."""
+        return accelerator.rng_state()
+
+    def set_random_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`random_state` returned."""
+        accelerator.set_rng_state(state)
+
+    def adapter_config(self) -> Any:
+        """Return peft's configuration of the adapters, as it is written; None without adapters."""
+        return adapter_config(hf_model(self.model))
+
+    def adapter_files(self) -> dict[str, bytes]:
+        """Return the files of the adapters, on rank 0. A collective."""
+        return adapter_files(hf_model(self.model))
+
+    def read_hf(self, folder: str) -> list[str]:
+        """Read the weights of a Hugging Face folder, also those under adapters; return what did not match."""
+        model = hf_model(self.model)
+        if not isinstance(model, PreTrainedModel):
+            raise UserError(
+                f"{folder} is a Hugging Face folder, and the model of this run is no Hugging Face model; pass a "
+                "checkpoint, or read the folder where the model is built."
+            )
+        return load_hf_weights(model, folder, strict=self.args.load_strict)
+
+    def weights_source(self) -> Any:
+        """Return the folder that the model starts from, None for random weights."""
+        return getattr(self.model, "weights_source", None)
 
     @property
     def newest(self) -> Path | None:
@@ -81,22 +127,22 @@ class Checkpointer:
             run_together(f"cleaning {args.save}", lambda: clean_up(Path(args.save)) if rank() == 0 else None)
         resumes = args.auto_resume and args.save is not None and (Path(args.save) / TRACKER).is_file()
         folder = args.save if resumes else args.load
-        if folder and not self._has_adapters and args.ckpt_step is None and gather(is_hf_folder(folder))[0]:
+        if folder and not self._adapters and args.ckpt_step is None and gather(is_hf_folder(folder))[0]:
             self._load_hf(folder)
             return 0, 0
-        if folder is None or self._has_adapters:
+        if folder is None or self._adapters:
             self._load_initial_weights()
         if folder is None:
             return 0, 0
         loaded = store.load(
             folder,
-            model=self.model,
+            model=self.state,
             optimizer=None if args.no_load_optim else self.optimizer,
             strict=args.load_strict,
             step=None if resumes else args.ckpt_step,
             finetune=args.finetune and not resumes,
             fallback=args.load_fallback,
-            check=lambda path: check_adapters(path, hf_model(self.model), self._base),
+            check=lambda path: check_adapters(path, self._adapters),
         )
         print_rank_0(f" loading checkpoint from {loaded.path} at iteration {loaded.iteration}")
         for warning in loaded.warnings:
@@ -105,14 +151,15 @@ class Checkpointer:
             return 0, 0
         if not args.no_load_optim and "schedule" in loaded.extra:
             self.schedule.load_state_dict(loaded.extra["schedule"])
-        self._rank_state = loaded.rank_state
+        alike = loaded.extra.get("layout", {}) == self.layout
+        self._rank_state = loaded.rank_state if alike else None
         self._consumed_samples = loaded.extra["consumed_train_samples"]
         self._loaded = loaded.path
         self._positions = loaded.extra.get("positions", {})
-        if loaded.rank_state is None:
+        if self._rank_state is None:
             warn_rank_0(
-                f"{loaded.path} was saved by another number of ranks: the sample order continues where it was, "
-                "random numbers (dropout) do not."
+                f"{loaded.path} was saved by another number of ranks{'' if alike else ' or parallel layout'}: the "
+                "sample order continues where it was, random numbers (dropout) do not."
             )
         return loaded.iteration, self._consumed_samples
 
@@ -125,7 +172,7 @@ class Checkpointer:
         if self.saver:
             self.saver.wait()
         assert self.newest is not None
-        loaded = store.load(self.newest, model=self.model, optimizer=self.optimizer)
+        loaded = store.load(self.newest, model=self.state, optimizer=self.optimizer)
         print_rank_0(f" going back to checkpoint {loaded.path} at iteration {loaded.iteration}")
         self.schedule.load_state_dict(loaded.extra["schedule"])
         self._rank_state, self._consumed_samples = loaded.rank_state, loaded.extra["consumed_train_samples"]
@@ -146,25 +193,17 @@ class Checkpointer:
         return f"resume from iteration {iteration}: --load {self.newest.parent}"
 
     def _load_initial_weights(self) -> None:
-        source = getattr(self.model, "weights_source", None)
         base = self.args.load_base_model
         if base is not None and not is_hf_folder(base):
             print_rank_0(f" loading the weights under the adapters from {base}")
-            for warning in store.load_base(base, model=self.model, strict=self.args.load_strict):
+            for warning in store.load_base(base, model=self.state, strict=self.args.load_strict):
                 warn_rank_0(warning)
-        elif folder := base or source:
+        elif folder := base or self.weights_source():
             self._load_hf(folder)
 
     def _load_hf(self, folder: str) -> None:
-        """Read the weights of a Hugging Face folder into the shards."""
-        model = hf_model(self.model)
-        if not isinstance(model, PreTrainedModel):
-            raise UserError(
-                f"{folder} is a Hugging Face folder, and the model of this run is no Hugging Face model; pass a "
-                "checkpoint, or read the folder where the model is built."
-            )
         print_rank_0(f" loading weights from {folder}")
-        for warning in load_hf_weights(model, folder, strict=self.args.load_strict):
+        for warning in self.read_hf(folder):
             warn_rank_0(warning)
 
     def restore_iterators(self, iterators: Mapping[str, Any]) -> None:
@@ -190,7 +229,7 @@ class Checkpointer:
     def restore_rng(self) -> None:
         """Continue the random streams of this rank, if the checkpoint has them."""
         if self._rank_state and "rng" in self._rank_state and not self.args.no_load_rng:
-            accelerator.set_rng_state(self._rank_state["rng"])
+            self.set_random_state(self._rank_state["rng"])
         self._rank_state = None
 
     def save(
@@ -203,8 +242,12 @@ class Checkpointer:
         shared = {name for name in states if getattr(iterators[name], "shared_position", False)}
         rank_state: dict[str, Any] = {"iterators": {name: states[name] for name in states.keys() - shared}}
         if not args.no_save_rng:
-            rank_state["rng"] = accelerator.rng_state()
-        extra: dict[str, Any] = {"consumed_train_samples": consumed_samples, "args": plain_values(vars(args))}
+            rank_state["rng"] = self.random_state()
+        extra: dict[str, Any] = {
+            "consumed_train_samples": consumed_samples,
+            "args": plain_values(vars(args)),
+            "layout": self.layout,
+        }
         extra["positions"] = {name: states[name] for name in shared}
         if not args.no_save_optim:
             extra["schedule"] = self.schedule.state_dict()
@@ -212,12 +255,12 @@ class Checkpointer:
         def take(copy_to: HostCopy | None) -> store.Snapshot:
             return store.take_snapshot(
                 iteration,
-                model=self.model,
+                model=self.state,
                 optimizer=None if args.no_save_optim else self.optimizer,
                 extra=extra,
                 rank_state=rank_state,
-                adapters_only=self._base is not None,
-                files=adapter_files(hf_model(self.model)) if self._has_adapters else None,
+                adapters_only=self._adapters_only,
+                files=self.adapter_files() if self._adapters else None,
                 copy_to=copy_to,
             )
 
@@ -228,11 +271,11 @@ class Checkpointer:
 
         Of a model with adapters it is a peft folder; averaged weights go to ``<folder>-ema``.
         """
-        model, assets = hf_model(self.model), getattr(self.model, "hf_path", None)
-        if self._has_adapters:
-            export_adapter(model, folder)
+        if self._adapters:
+            write_adapter(self.adapter_files(), folder)
             print_rank_0(f" exported the adapters to {folder}")
             return
+        model, assets = hf_model(self.model), getattr(self.model, "hf_path", None)
         export_hf(model, folder, assets_from=assets)
         print_rank_0(f" exported a Hugging Face folder to {folder}")
         states = {name: self.optimizer.state.get(p, {}) for name, p in model.named_parameters()}
@@ -248,7 +291,10 @@ def base_folder(args: Namespace, model: nn.Module) -> str | None:
 
 
 def hf_model(model: nn.Module) -> Any:
-    """Return the Hugging Face model inside ours, or ``model`` itself, which may be one."""
+    """Return the Hugging Face model inside ours, or the one it is built after, or ``model``, which may be one."""
+    if isinstance(model, nn.ModuleList):  # the chunks of a Megatron model
+        blueprint = getattr(unwrap(model[0]), "blueprint", None)
+        return model if blueprint is None else blueprint.model
     return model.model if isinstance(model, TransformersModel) else model
 
 

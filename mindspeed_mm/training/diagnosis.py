@@ -68,12 +68,17 @@ def diagnose(
 
         return output, read
 
-    with _name_first_output(engine.module, finding):
-        engine.forward_backward(watched, replay(taken), num_microbatches)
+    listeners, engine.listeners = engine.listeners, []  # this is no step of the run
+    try:
+        with _name_first_output(engine.module, finding):
+            engine.forward_backward(watched, replay(taken), num_microbatches)
+    finally:
+        engine.listeners = listeners
     if finding.micro_batch is None:
         finding.module = suspect or finding.module
         for index, (name, parameter) in enumerate(engine.module.named_parameters()):
-            if parameter.grad is not None and not _all_finite(parameter.grad):
+            gradient = getattr(parameter, "main_grad", parameter.grad)  # where megatron-core reduces them
+            if gradient is not None and not _all_finite(gradient):
                 finding.gradient = (index, name)
     engine.optimizer.zero_grad(set_to_none=True)
     findings: list[Any] = [None] * dist.get_world_size(group)

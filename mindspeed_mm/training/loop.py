@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from mindspeed_mm.distributed.phases import begin_step, finish_step, phase
 from mindspeed_mm.distributed.state import print_rank_0
@@ -57,6 +57,19 @@ class Cadence:
     gc_before_evaluation: bool
 
 
+class StepWatcher(Protocol):
+    """Who is told where a step begins and ends."""
+
+    def step_begins(self, iteration: int) -> None:
+        """So many iterations are done; the next begins."""
+
+    def step_ends(self, record: StepRecord) -> None:
+        """This became of it."""
+
+    def stop(self) -> None:
+        """Training is over, or has failed; other ranks may be gone."""
+
+
 @dataclass
 class Trainer:
     """Everything the loop drives, built by :mod:`mindspeed_mm.training.run`."""
@@ -79,6 +92,8 @@ class Trainer:
     """Called after every validation."""
     observers: list[Callable[[], None]]
     """Called after every step: profilers."""
+    watchers: list[StepWatcher] = field(default_factory=list)
+    """Told when a step begins and ends."""
 
     def train(self, exits: ExitWatch) -> str | None:
         """Train to the last iteration, or until there is a reason to stop, which is returned.
@@ -152,6 +167,8 @@ class Trainer:
         start = time.perf_counter()
         begin_step(self.progress.iteration + 1)
         self.feed.start_step(self.progress.consumed_samples)
+        for watcher in self.watchers:
+            watcher.step_begins(self.progress.iteration)
         reports = self.engine.forward_backward(self.forward_step, self.feed, self.num_microbatches)
         if (bad := self.nonfinite.settle()) is not None:  # the step before, long over on the device
             return bad
@@ -170,6 +187,8 @@ class Trainer:
             data_wait_seconds=wait,
             tokens=tokens,
         )
+        for watcher in self.watchers:
+            watcher.step_ends(record)
         self.log.add(record)
         self.nonfinite.watch(record, self.feed.taken)
         if self._is_looked_at(record.iteration):

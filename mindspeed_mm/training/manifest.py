@@ -19,8 +19,10 @@ import torch.distributed as dist
 from mindspeed_mm import accelerator
 from mindspeed_mm.checkpoint.coordination import rank, run_together
 from mindspeed_mm.configs.fsdp2 import load_fsdp2_config
+from mindspeed_mm.engine import Engine
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.optimizer import ParameterGroup
+from mindspeed_mm.optimizer.schedule import Schedule
 from mindspeed_mm.training.checkpointing import plain_values
 
 FILE = "run_manifest.json"
@@ -81,6 +83,24 @@ def describe_run(args: Namespace, groups: Sequence[ParameterGroup]) -> dict[str,
         "world_size": dist.get_world_size(),
         "parameter_groups": [group.describe(args.lr, args.weight_decay) for group in groups],
     }
+
+
+def describe_effective(args: Namespace, engine: Engine, schedule: Schedule) -> dict[str, Any]:
+    """Return what is really in force, read from the objects that are about to train.
+
+    Beside what :func:`mindspeed_mm.precision.effective.effective_values` reads: ``learning_rates`` by the number of
+    iterations done, the first 20 and up to 100 others, and how losses and gradients are combined.
+    """
+    from mindspeed_mm.precision.effective import effective_values
+
+    last = args.train_iters or 0
+    steps = sorted({*range(min(last, 20) + 1), *range(0, last, last // 100 + 1)})
+    loss = "per_token" if args.calculate_per_token_loss else "per_sample" if args.calculate_per_sample_loss else "mean"
+    found = effective_values(engine.module, engine.optimizer)
+    found["learning_rates"] = {step: schedule.preview(step * args.global_batch_size) for step in steps}
+    found["loss"] = loss
+    found["clip_grad"] = args.clip_grad
+    return found
 
 
 def _versions() -> dict[str, str]:

@@ -10,17 +10,39 @@ from typing import Any
 from torch import nn
 
 from mindspeed_mm import accelerator
+from mindspeed_mm.checkpoint.hf_boxes import load_hf_boxes
 from mindspeed_mm.distributed import state
 from mindspeed_mm.distributed.frozen import freeze
 from mindspeed_mm.distributed.fsdp2 import ShardPlan, prepare_model
 from mindspeed_mm.distributed.meta import materialize, meta_init, module_init
+from mindspeed_mm.engine.fsdp2 import FSDP2Engine
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.common.strict_forward import leave_out_what_it_does_not_take
 from mindspeed_mm.models.lora import LoraSettings, add_adapters, initialize_adapters
 from mindspeed_mm.models.transformers.families import family_of
 from mindspeed_mm.models.transformers.freeze import frozen_line
 from mindspeed_mm.models.transformers_model import TransformersModel
+from mindspeed_mm.optimizer import ParameterGroup, muon_matrices
 from mindspeed_mm.training.callbacks import call_model_provider
 from mindspeed_mm.training.checkpointing import base_folder, hf_model
+from mindspeed_mm.training.optimizer_setup import optimizer_from, parameter_groups
+
+
+def build_engine(args: Namespace, provider: Callable[..., Any]) -> tuple[FSDP2Engine, list[ParameterGroup]]:
+    """Return the engine over the sharded model, and the groups of its parameters."""
+    model, plan = build_model(args, provider)
+    muon = muon_matrices(model) if args.optimizer == "muon" else ()
+    groups = parameter_groups(args, model.named_parameters(), muon)
+    engine = FSDP2Engine(
+        model,
+        optimizer_from(args, groups),
+        group=state.data_parallel_group(),
+        clip_grad=args.clip_grad,
+        per_token_loss=args.calculate_per_token_loss,
+        per_sample_loss=args.calculate_per_sample_loss,
+        replicated=[parameter for _, parameter in plan.ignored],
+    )
+    return engine, groups
 
 
 def build_model(args: Namespace, provider: Callable[..., Any]) -> tuple[nn.Module, ShardPlan]:
@@ -30,11 +52,13 @@ def build_model(args: Namespace, provider: Callable[..., Any]) -> tuple[nn.Modul
     """
     with meta_init() if args.init_model_with_meta_device else nullcontext():
         model = call_model_provider(provider)
+        leave_out_what_it_does_not_take(model)
         if args.mm_model:
             freeze(hf_model(model), args.mm.model.get("freeze", []))
         if line := frozen_line(hf_model(model)):
             state.print_rank_0(line)
         lora = _add_adapters(args, model)
+    _fill_megatron_layers(args, model)
     param_dtype = None if args.params_dtype_name == "fp32" else args.params_dtype_name
     plan = prepare_model(model, state.data_parallel_group(), args.fsdp2_config_path, param_dtype=param_dtype)
     for line in plan.lines():
@@ -57,11 +81,36 @@ def build_model(args: Namespace, provider: Callable[..., Any]) -> tuple[nn.Modul
     return model, plan
 
 
+def _fill_megatron_layers(args: Namespace, model: Any) -> None:
+    """Read a ``VLMModel``'s Hugging Face weights, while its parameters still are in one piece."""
+    if not hasattr(model, "blueprint"):
+        return
+    if args.init_model_with_meta_device:
+        raise UserError(f"--init-model-with-meta-device: {type(model).__name__} is built with its weights; remove it.")
+    if model.weights_source and not args.load:
+        from mindspeed_mm.models.megatron.layout import boxes
+
+        state.print_rank_0(f" loading weights from {model.weights_source}")
+        load_hf_boxes(model.blueprint.model, model.weights_source, boxes(model), strict=args.load_strict)
+    model.weights_source = None  # there is nothing left to read from it
+
+
 def _add_adapters(args: Namespace, model: nn.Module) -> bool:
     """Return whether the command line asks for LoRA, and the model has got it."""
-    if not (args.lora_target_modules or args.lora_target_parameters):
+    settings = lora_settings(args)
+    if settings is None:
         return False
-    settings = LoraSettings(
+    family = family_of(model.transformer_config) if isinstance(model, TransformersModel) else None
+    for line in add_adapters(hf_model(model), settings, family, base_folder(args, model)):
+        state.print_rank_0(line)
+    return True
+
+
+def lora_settings(args: Namespace) -> LoraSettings | None:
+    """Return what the command line says about adapters, None if it asks for none."""
+    if not (args.lora_target_modules or args.lora_target_parameters):
+        return None
+    return LoraSettings(
         target_modules=tuple(args.lora_target_modules),
         target_parameters=tuple(args.lora_target_parameters),
         apply_modules=tuple(args.lora_apply_modules),
@@ -69,7 +118,3 @@ def _add_adapters(args: Namespace, model: nn.Module) -> bool:
         alpha=args.lora_alpha,
         dropout=args.lora_dropout,
     )
-    family = family_of(model.transformer_config) if isinstance(model, TransformersModel) else None
-    for line in add_adapters(hf_model(model), settings, family, base_folder(args, model)):
-        state.print_rank_0(line)
-    return True

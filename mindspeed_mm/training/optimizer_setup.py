@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 from torch.optim import Optimizer
@@ -14,21 +14,22 @@ from mindspeed_mm.optimizer import (
     build_optimizer,
     build_param_groups,
     build_schedule,
-    muon_matrices,
     param_group_table,
 )
 from mindspeed_mm.optimizer.schedule import Schedule
 
 
-def parameter_groups(args: Namespace, model: nn.Module) -> list[ParameterGroup]:
-    """Return the groups of the trainable parameters, and print them on rank 0."""
+def parameter_groups(
+    args: Namespace, named_parameters: Iterable[tuple[str, nn.Parameter]], muon: Sequence[nn.Parameter] = ()
+) -> list[ParameterGroup]:
+    """Return the groups of the trainable parameters, and print them on rank 0; ``muon`` are those for Muon."""
     groups = build_param_groups(
-        model.named_parameters(),
+        named_parameters,
         weight_decay_exclude=args.weight_decay_exclude_modules,
         lr_scale=args.lr_scale_modules,
         lr_mult=args.lr_mult,
         decay_all=args.weight_decay_all,
-        muon_matrices=muon_matrices(model) if args.optimizer == "muon" else (),
+        muon_matrices=muon,
     )
     for line in param_group_table(groups, args.lr, args.weight_decay):
         state.print_rank_0(line)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed_mm import accelerator
-from mindspeed_mm.distributed.state import data_parallel_group, is_last_rank, print_line, print_rank_last
+from mindspeed_mm.distributed.state import data_parallel_group, is_last_rank, loader_group, print_line, print_rank_last
 from mindspeed_mm.training.patient_file import PatientFile
 from mindspeed_mm.training.sinks import Shown, Sink
 
@@ -37,6 +37,8 @@ class StepRecord:
     data_wait_seconds: float
     tokens: int
     skipped: bool = False
+    local_norms: Tensor | None = None
+    """Norm of each parameter's gradient, the same on all ranks."""
 
 
 def merge_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -144,6 +146,8 @@ class TrainingLog:
         self.sinks = sinks
         self.sink_interval = sink_interval
         self.flops_per_token = flops_per_token
+        self.parameter_names: list[str] = []
+        """Of the local norms of the records."""
         self._records: list[StepRecord] = []
         self._writes = is_last_rank()
         self._metrics = _open_metrics(metrics_path, start_iteration) if metrics_path and self._writes else None
@@ -165,15 +169,18 @@ class TrainingLog:
             return
         keys = list(dict.fromkeys(key for record in records for key in record.values))
         table = read_quotients(torch.stack([_row(record, keys) for record in records]))
+        norms = _read_norms(records)
         tokens = torch.tensor([r.tokens for r in records], device=accelerator.device())
-        dist.all_reduce(tokens)
+        dist.all_reduce(tokens, group=loader_group())
         if not self._writes:
             return
         rows = [
             self._metrics_row(record, dict(zip([*keys, "grad_norm"], numbers, strict=True)), count)
             for record, numbers, count in zip(records, table, tokens.tolist(), strict=True)
         ]
-        for row in rows:
+        for row, values in zip(rows, norms, strict=True):
+            if values:
+                row["local_norm"] = dict(zip(self.parameter_names, values, strict=True))
             if self._metrics:
                 self._metrics.write(json.dumps(row) + "\n")
             if row["iteration"] % self.sink_interval == 0:
@@ -292,6 +299,7 @@ def _curves(row: Mapping[str, Any], keys: Sequence[str]) -> dict[str, float]:
         "iteration-time": row["step_time"],
         "throughput": row["samples_per_second"],
         "mem-allocated-bytes": row["memory_bytes"],
+        **{f"local-norm/{name}": norm for name, norm in row.get("local_norm", {}).items()},
     }
 
 
@@ -302,6 +310,13 @@ def _row(record: StepRecord, keys: Sequence[str]) -> Tensor:
     pairs = [record.values.get(key, nothing) for key in keys] + [norm]
     dtype = next(iter(record.values.values())).dtype
     return torch.stack([pair.to(norm.device, dtype) for pair in pairs])
+
+
+def _read_norms(records: Sequence[StepRecord]) -> list[list[float]]:
+    """Return the local norms of each step, empty where it has none."""
+    found = [record.local_norms for record in records if record.local_norms is not None]
+    rows = iter(torch.stack(found).tolist() if found else [])
+    return [next(rows) if record.local_norms is not None else [] for record in records]
 
 
 def report_memory(iteration: int) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from mindspeed_mm import accelerator
-from mindspeed_mm.arguments import parse_args, report_inert_flags, set_args, validate_args
+from mindspeed_mm.arguments import parse_args, report_inert_flags, road_of, set_args, validate_args
 from mindspeed_mm.checkpoint.disks import check_shared
 from mindspeed_mm.checkpoint.publish import folder_name
 from mindspeed_mm.configs.config import merge_mm_args
@@ -21,12 +21,14 @@ from mindspeed_mm.data import quarantine
 from mindspeed_mm.data.iterators import CyclicIterator
 from mindspeed_mm.distributed import phases, state
 from mindspeed_mm.distributed.phases import phase
-from mindspeed_mm.engine.fsdp2 import FSDP2Engine
+from mindspeed_mm.engine import Engine
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.plugins import load_plugin
+from mindspeed_mm.optimizer import ParameterGroup
 from mindspeed_mm.optimizer.schedule import Schedule
 from mindspeed_mm.tools.mem_profiler import memory_profiler
 from mindspeed_mm.tools.profiler import Profiler
+from mindspeed_mm.training import model_setup
 from mindspeed_mm.training.callbacks import Iterators, call_dataset_provider
 from mindspeed_mm.training.checkpointing import Checkpointer
 from mindspeed_mm.training.evaluation import FULL_PASS, check_full_pass
@@ -34,10 +36,10 @@ from mindspeed_mm.training.exits import ExitWatch
 from mindspeed_mm.training.failures import StoreSlot, end_hanging_job
 from mindspeed_mm.training.generation import GenerationCheck
 from mindspeed_mm.training.loop import Cadence, Progress, Trainer
-from mindspeed_mm.training.manifest import describe_run, write_manifest
-from mindspeed_mm.training.model_setup import build_model
+from mindspeed_mm.training.manifest import describe_effective, describe_run, write_manifest
+from mindspeed_mm.training.megatron_layout import apply_layout, parallel_sizes
 from mindspeed_mm.training.nonfinite import NonFinitePolicy
-from mindspeed_mm.training.optimizer_setup import optimizer_from, parameter_groups, schedule_from
+from mindspeed_mm.training.optimizer_setup import schedule_from
 from mindspeed_mm.training.reporting import TrainingLog
 from mindspeed_mm.training.saving import Saver
 from mindspeed_mm.training.sinks import Sink, open_sinks
@@ -90,18 +92,9 @@ def _run(
         accelerator.allow_tf32()
     accelerator.seed_all(args.seed)
     with phase("building the model"):
-        model, plan = build_model(args, model_provider)
-    groups = parameter_groups(args, model)
-    engine = FSDP2Engine(
-        model,
-        optimizer_from(args, groups),
-        group=state.data_parallel_group(),
-        clip_grad=args.clip_grad,
-        per_token_loss=args.calculate_per_token_loss,
-        replicated=[parameter for _, parameter in plan.ignored],
-    )
+        engine, groups = _build_engine(args, model_provider)
     schedule = schedule_from(args, engine.optimizer)
-    checkpointer = Checkpointer(args, model, engine.optimizer, schedule)
+    checkpointer = _build_checkpointer(args, engine, schedule)
     with phase("loading"):
         args.iteration, args.consumed_train_samples = checkpointer.load()
     if args.save and not checkpointer.resumes_itself and dist.get_rank() == 0:
@@ -110,18 +103,25 @@ def _run(
     with phase("preparing the data"):
         train, valid, test = _build_iterators(args, dataset_provider)
         checkpointer.restore_iterators(_named_iterators(train, valid))
-    if args.save:
-        write_manifest(args.save, describe_run(args, groups))
+    manifest = None
+    if args.save or _records_precision(args):
+        manifest = {**describe_run(args, groups), "effective": describe_effective(args, engine, schedule)}
+    if args.save and manifest:
+        write_manifest(args.save, manifest)
     # Dropout differs between data-parallel ranks; a resumed run continues its own streams instead.
-    accelerator.seed_all(args.seed + dist.get_rank(state.data_parallel_group()))
+    engine.seed(args.seed + dist.get_rank(state.data_parallel_group()))
     checkpointer.restore_rng()
     state.print_rank_0("done with setup ...")
 
     trainer = _build_trainer(args, engine, schedule, forward_step, train, valid, checkpointer, sinks)
     if args.eval_generate:
-        check = GenerationCheck(model, valid, args.eval_generate, args.params_dtype)
+        check = GenerationCheck(engine.module, valid, args.eval_generate, args.params_dtype)
         trainer.generate = lambda: check.run(trainer.progress, trainer.log)
     trainer.observers = [profiler.step, memory_profiler.step]
+    if manifest and _records_precision(args):
+        from mindspeed_mm.training.alignment import attach
+
+        attach(args, trainer, manifest)
     if args.export_hf_interval:
         trainer.observers.append(lambda: _export_now_and_then(args, checkpointer))
     if checkpointer.saver:
@@ -132,6 +132,8 @@ def _run(
     try:
         stopped = _train_and_evaluate(args, trainer, exits, valid, test, checkpointer.saver)
     finally:
+        for watcher in trainer.watchers:
+            watcher.stop()
         profiler.stop()
         memory_profiler.stop()
         trainer.log.stop_progress()
@@ -147,6 +149,27 @@ def _run(
     state.shutdown()
 
 
+def _records_precision(args: Namespace) -> bool:
+    asked = args.precision_capture or args.precision_mode or args.precision_on_anomaly or args.precision_perturb
+    return bool(asked or args.log_local_norm)
+
+
+def _build_engine(args: Namespace, provider: Callable[..., Any]) -> tuple[Engine, list[ParameterGroup]]:
+    if road_of(args) == "fsdp2":
+        return model_setup.build_engine(args, provider)
+    from mindspeed_mm.training import megatron_setup
+
+    return megatron_setup.build_engine(args, provider)
+
+
+def _build_checkpointer(args: Namespace, engine: Any, schedule: Schedule) -> Checkpointer:
+    if road_of(args) == "fsdp2":
+        return Checkpointer(args, engine.module, engine.optimizer, schedule)
+    from mindspeed_mm.training.megatron_checkpointing import MegatronCheckpointer
+
+    return MegatronCheckpointer(args, engine, schedule)
+
+
 def _export_now_and_then(args: Namespace, checkpointer: Checkpointer) -> None:
     if args.iteration % args.export_hf_interval == 0:
         with phase("export", patient=True):
@@ -156,14 +179,15 @@ def _export_now_and_then(args: Namespace, checkpointer: Checkpointer) -> None:
 def _prepare_args(provider: Callable[..., Any] | None, defaults: dict[str, Any]) -> tuple[Namespace, list[str]]:
     """Return the arguments, and lines about settings that the user wrote and that do not count."""
     args = parse_args(provider, defaults)
-    if not args.use_torch_fsdp2:
-        raise UserError("--use-torch-fsdp2 is missing: this version trains under FSDP2; add the flag.")
     validate_args(args, state.RankInfo.from_environment().world_size)
-    notes = merge_mm_args(args) + report_inert_flags(args, "fsdp2")
+    notes = merge_mm_args(args) + report_inert_flags(args, road_of(args))
     # model.json may choose the loss as well; from here on there is one place to ask.
     model_loss = args.mm.model.get("loss_cfg", {}) if args.mm_model else {}
     args.calculate_per_token_loss |= model_loss.get("loss_type") == "per_token_loss"
+    args.calculate_per_sample_loss |= model_loss.get("loss_type") == "per_sample_loss"
     args.params_dtype = _DTYPES[args.params_dtype_name]
+    if road_of(args) == "megatron" and args.mm_model:
+        apply_layout(args, args.mm.model)
     set_args(args)
     return args, notes
 
@@ -177,7 +201,7 @@ def _join_job(args: Namespace, store_slot: StoreSlot, notes: list[str]) -> Watch
     limits = Limits(60 * args.distributed_timeout_minutes, 60 * args.preparation_timeout_minutes)
     # The libraries' own timeout comes after ours, which tells a slow preparation from a rank that hangs.
     timeout = timedelta(seconds=limits.training + limits.preparing)
-    state.initialize(store_slot.store, info, backend=backend, timeout=timeout)
+    state.initialize(store_slot.store, info, backend=backend, timeout=timeout, sizes=parallel_sizes(args))
     if warning:
         state.warn_rank_0(warning)
     for note in notes:
@@ -210,7 +234,7 @@ def _named_iterators(train: Iterator[Any] | None, valid: Mapping[str, Iterator[A
 
 def _build_trainer(
     args: Namespace,
-    engine: FSDP2Engine,
+    engine: Engine,
     schedule: Schedule,
     forward_step: Callable[..., Any],
     train: Iterator[Any] | None,
@@ -229,7 +253,7 @@ def _build_trainer(
             progress.iteration, progress.consumed_samples, iterators, progress.validation_loss
         )
     # 6 x parameters is the usual estimate for forward and backward of a token (Kaplan et al., 2020).
-    parameters = sum(p.numel() for p in engine.module.parameters())
+    parameters = engine.parameter_count
     log = TrainingLog(
         train_iters=args.train_iters,
         log_interval=args.log_interval,

@@ -90,6 +90,8 @@ class StepFeed(Feed):
         self.position = 0
         self.passed_over = 0
         self.taken: list[TakenBatch] = []
+        self.on_batch: Callable[[TakenBatch], None] | None = None
+        """Called with every batch before the callbacks get it."""
 
     def start_step(self, position: int) -> None:
         """Begin a step at sample ``position`` of the order."""
@@ -102,6 +104,8 @@ class StepFeed(Feed):
         taken = copy(batch) if isinstance(batch, Mapping) else batch  # callbacks may put other tensors into theirs
         first, self.position = self.position, self.position + self.stride
         self.taken.append(TakenBatch(taken, accelerator.rng_state(), self.place, first, self.position))
+        if self.on_batch:
+            self.on_batch(self.taken[-1])
         return batch
 
     def _pass_over(self) -> None:

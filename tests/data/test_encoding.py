@@ -272,5 +272,5 @@ def test_a_folder_without_a_chat_template_is_named(tmp_path):
     tokenizer.save_pretrained(tmp_path / "without")
     with pytest.raises(UserError, match="has no chat template"):
         ConversationEncoder(EncodingOptions(str(tmp_path / "without")))
-    with pytest.raises(UserError, match=r"row: the row has images but the model in .* only reads text"):
+    with pytest.raises(UserError, match=r"row: the row has images but the model in .* takes none"):
         ConversationEncoder(EncodingOptions(str(tmp_path / "with"))).encode(row(conversation(), ["a.png"]), "row")

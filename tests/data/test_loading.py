@@ -12,6 +12,8 @@ from torch.utils.data import TensorDataset
 from mindspeed_mm.data import build_mm_dataloader, build_mm_dataset
 from mindspeed_mm.data.collators import PaddingCollator
 from mindspeed_mm.data.iterators import build_iterations
+from mindspeed_mm.data.loaders import MultiModalDataLoader
+from mindspeed_mm.errors import UserError
 from tests.data.tiny import save_digits, write_jsonl
 
 TEXT_ROW = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "world, " * 9}]}
@@ -174,6 +176,19 @@ def test_sampler_names(dataset_param):
         assert order(**values, shuffle=True) != in_order == order(**values, shuffle=False)
 
 
+@pytest.mark.parametrize(
+    "name", ["qwen2vl", "qwen3vl", "glm4v_moe", "internvl", "deepseekvl2", "qwen3omni", "llm_pretrain"]
+)
+def test_the_published_names_of_collators_pad_alike(name, dataset_param):
+    dataset = build_mm_dataset(dataset_param())
+    named, plain = (
+        next(iter(build_mm_dataloader(dataset, {"batch_size": 2, "shuffle": False, "collate_param": param})))
+        for param in ({"model_name": name, "pad_id": 5, "ignore_pad_token_for_loss": False}, {"pad_id": 5})
+    )
+    ignored = plain["labels"].masked_fill(plain["attention_mask"] == 0, 5)
+    assert equal({**plain, "labels": ignored}, named)
+
+
 def test_a_data_set_of_the_user(dataset_param):
     loader = build_mm_dataloader(
         TensorDataset(torch.arange(8)), {"batch_size": 4, "shuffle": False}, consumed_samples=4
@@ -291,3 +306,19 @@ def test_two_ranks_share_the_order_of_one(ranks2):
     one, two = ranks2.run(micro_batches_of_this_rank, 12)
     alone = build_mm_dataloader(TensorDataset(torch.arange(12)), {"batch_size": 4})
     assert [a + b for a, b in zip(one, two, strict=True)] == [batch[0].tolist() for batch in alone]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_mistake_that_a_collate_fn_reports_is_raised_as_it_is(workers):
+    def collate(samples: list) -> dict:
+        if any(sample[0] == 2 for sample in samples):
+            raise UserError("collate: sample 2 has no label; add one")
+        return {"numbers": torch.stack([sample[0] for sample in samples])}
+
+    dataset = TensorDataset(torch.arange(4))
+    sampler = build_mm_dataloader(dataset, {"batch_size": 1, "shuffle": False}).batch_sampler
+    batches = iter(MultiModalDataLoader(dataset, sampler, collate, num_workers=workers))
+    assert [next(batches)["numbers"].tolist() for _ in range(2)] == [[0], [1]]
+    with pytest.raises(UserError) as raised:
+        next(batches)
+    assert str(raised.value) == "collate: sample 2 has no label; add one"

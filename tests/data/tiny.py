@@ -21,7 +21,8 @@ _GLM = """[gMASK]<sop>{% for m in messages %}{{ '<|' + m.role + '|>\n' }}\
 {% if m.role == 'assistant' %}{% generation %}CONTENT{% endgeneration %}{% else %}CONTENT{% endif %}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"""
 _CONTENT = """{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}\
-{% if part.type == 'image' %}{{ 'IMAGE' }}{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}"""
+{% if part.type == 'image' %}{{ 'IMAGE' }}{% elif part.type == 'audio' %}{{ 'SOUND' }}\
+{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}"""
 
 _QWEN = {
     "chat_template": _CHATML,
@@ -43,6 +44,14 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         ],
         "eos": "<|endoftext|>",
     },
+    "qwen2_audio": {
+        "processor": "Qwen2AudioProcessor",
+        "chat_template": _CHATML,
+        "image": "",
+        "audio": "Audio: <|audio_bos|><|AUDIO|><|audio_eos|>\\n",
+        "special": ["<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"],
+        "eos": "<|im_end|>",
+    },
     "internvl": {
         "processor": "InternVLProcessor",
         "chat_template": _CHATML,
@@ -58,10 +67,10 @@ def save_tiny_processor(family: str, folder: str | Path, vocab_size: int = 300, 
 
     Token ids are whatever the tokenizer gave out: a model configuration must read them from here
     (``processor.tokenizer.convert_tokens_to_ids(...)``, ``len(tokenizer)``). Patches are 4x4 pixels, 2x2 of which are
-    merged into one token; InternVL sees 16x16 pixels as 4 tokens.
+    merged into one token; InternVL sees 16x16 pixels as 4 tokens; Qwen2-Audio hears one second.
 
     Args:
-        family: ``text``, ``qwen3_vl``, ``qwen2_5_vl``, ``glm4v`` or ``internvl``.
+        family: ``text``, ``qwen3_vl``, ``qwen2_5_vl``, ``glm4v``, ``internvl`` or ``qwen2_audio``.
         folder: created if it does not exist.
         vocab_size: of the byte-pair encoding, special tokens come on top.
         chat_template: replaces the family's own.
@@ -71,13 +80,22 @@ def save_tiny_processor(family: str, folder: str | Path, vocab_size: int = 300, 
     from mindspeed_mm.data.processors import _without_video
 
     spec = _FAMILIES[family]
-    template = chat_template or spec["chat_template"].replace("CONTENT", _CONTENT).replace("IMAGE", spec["image"])
+    marks = {"CONTENT": _CONTENT, "IMAGE": spec["image"], "SOUND": spec.get("audio", "")}
+    template = spec["chat_template"]
+    for name, mark in marks.items():
+        template = template.replace(name, mark)
+    template = chat_template or template
     tokenizer = _tokenizer(spec, vocab_size, internvl=family == "internvl")
     folder = Path(folder)
     if "processor" not in spec:
         tokenizer.chat_template = template
         tokenizer.save_pretrained(folder)
         return tokenizer
+    if family == "qwen2_audio":
+        hears = transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=1)  # one second, a token for 40 ms
+        processor = transformers.Qwen2AudioProcessor(hears, tokenizer, chat_template=template)
+        processor.save_pretrained(folder)
+        return processor
     options: dict[str, Any] = {}
     patches = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
     if family == "internvl":

@@ -196,6 +196,7 @@ def train(case: Case, folder: str, yaml: str) -> dict[str, Any]:
         group=state.data_parallel_group(),
         clip_grad=CLIP,
         per_token_loss=case.loss == "per_token_loss" and not case.wrong,
+        per_sample_loss=case.loss == "per_sample_loss",
     )
     share = GLOBAL_BATCH // case.ranks
     start = share * dist.get_rank()

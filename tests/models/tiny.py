@@ -1,4 +1,4 @@
-"""Seven Hugging Face model families small enough to build, train and save in a fraction of a second.
+"""Eight Hugging Face model families small enough to build, train and save in a fraction of a second.
 
     config = tiny_config("qwen3_vl")               # a transformers config, 2 layers, hidden size 32, vocabulary 320
     model = tiny_model("qwen3_vl")                 # random weights, the same for the same seed
@@ -99,6 +99,23 @@ def _internvl(tie: bool) -> Any:
     )
 
 
+def _llava(tie: bool) -> Any:
+    return transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**_TEXT, tie_word_embeddings=tie),
+        vision_config=transformers.CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=16,
+            patch_size=8,
+        ),
+        image_token_index=IMAGE_TOKEN,
+        image_seq_length=4,
+        tie_word_embeddings=tie,
+    )
+
+
 def _glm4v(tie: bool) -> Any:
     return transformers.Glm4vConfig(
         text_config=dict(_TEXT, rope_parameters=_rope(partial_rotary_factor=1.0), tie_word_embeddings=tie),
@@ -119,6 +136,16 @@ def _glm4v_moe(tie: bool) -> Any:
     )
 
 
+def _qwen2_audio(tie: bool) -> Any:
+    audio = dict(d_model=32, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=64, num_mel_bins=8)
+    return transformers.Qwen2AudioConfig(
+        text_config=transformers.Qwen2Config(**_TEXT, tie_word_embeddings=tie),
+        audio_config=dict(audio, model_type="qwen2_audio_encoder", max_source_positions=50),
+        audio_token_index=IMAGE_TOKEN,
+        tie_word_embeddings=tie,
+    )
+
+
 def _qwen3(tie: bool) -> Any:
     return transformers.Qwen3Config(**_TEXT, head_dim=8, tie_word_embeddings=tie)
 
@@ -130,7 +157,9 @@ _CONFIGS = {
     "internvl": (_internvl, "InternVLForConditionalGeneration"),
     "glm4v": (_glm4v, "Glm4vForConditionalGeneration"),
     "glm4v_moe": (_glm4v_moe, "Glm4vMoeForConditionalGeneration"),
+    "qwen2_audio": (_qwen2_audio, "Qwen2AudioForConditionalGeneration"),
     "qwen3": (_qwen3, "Qwen3ForCausalLM"),
+    "llava": (_llava, "LlavaForConditionalGeneration"),
 }
 
 
@@ -142,17 +171,21 @@ def tiny_config(family: str, tie: bool = False) -> Any:
     return config
 
 
-def tiny_model(family: str, tie: bool = False, seed: int = 0) -> Any:
-    """Return the unmodified HF model in fp32, in training mode, with random weights."""
+def tiny_model(family: str, tie: bool = False, seed: int = 0, layers: int | None = None) -> Any:
+    """Return the unmodified HF model in fp32, in training mode, with random weights; ``layers`` of the text decoder."""
     config = tiny_config(family, tie)
+    if layers:
+        config.get_text_config().num_hidden_layers = layers
+        if getattr(config.get_text_config(), "layer_types", None):
+            config.get_text_config().layer_types = ["full_attention"] * layers
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return getattr(transformers, config.architectures[0])._from_config(config, dtype=torch.float32).train()
 
 
-def save_tiny(family: str, folder: Path | str, tie: bool = False, seed: int = 0) -> Path:
+def save_tiny(family: str, folder: Path | str, tie: bool = False, seed: int = 0, layers: int | None = None) -> Path:
     """Write the config and the weights of :func:`tiny_model` as an HF folder, without tokenizer and processor."""
-    tiny_model(family, tie, seed).save_pretrained(folder)
+    tiny_model(family, tie, seed, layers).save_pretrained(folder)
     return Path(folder)
 
 
@@ -162,12 +195,12 @@ def tiny_batch(
     """Return a training batch.
 
     Args:
-        family: one of ``FAMILIES``; a text family takes no images.
+        family: one of ``FAMILIES``, or ``llava``; a text family takes no images.
         images: number of images of each sample. Each image is 4 placeholder tokens.
         length: tokens of each sample.
         seed: of the random tokens and pixels.
         videos: number of videos of each sample, of 4 placeholder tokens each; not for InternVL, whose videos are
-            images to the model.
+            images to the model, nor for LLaVA.
 
     Returns:
         ``input_ids``, ``attention_mask`` and ``labels`` (B, S), and if there are images ``pixel_values`` and what
@@ -191,13 +224,13 @@ def tiny_batch(
         "labels": input_ids.masked_fill(ignored, -100),
     }
     types = (input_ids == IMAGE_TOKEN).int() + 2 * (input_ids == VIDEO_TOKEN).int()
-    if family == "internvl" and sum(images):
+    if family in ("internvl", "llava") and sum(images):
         batch["pixel_values"] = torch.randn(sum(images), 3, 16, 16, generator=generator)
     for number, pixels, grid in (
         (sum(images), "pixel_values", "image_grid_thw"),
         (sum(videos), "pixel_values_videos", "video_grid_thw"),
     ):
-        if number and family != "internvl":
+        if number and family not in ("internvl", "llava"):
             batch[pixels] = torch.randn(number * 16, 3 * 2 * 4 * 4, generator=generator)
             batch[grid] = torch.tensor([[1, 4, 4]]).repeat(number, 1)
             batch["mm_token_type_ids"] = types

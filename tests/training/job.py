@@ -26,19 +26,28 @@ _LAUNCHER_LINE = re.compile(r"^[EWI]\d{4} \S+ \d+ \S*torch/distributed/", re.MUL
 _ERROR_LINE = re.compile(r"^error( \(rank \d+\))?:", re.MULTILINE)
 
 
+_QWEN = {
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+}
 _TOKENS = {
-    "qwen3_vl": {
-        "image_token_id": "<|image_pad|>",
-        "video_token_id": "<|video_pad|>",
-        "vision_start_token_id": "<|vision_start|>",
-        "vision_end_token_id": "<|vision_end|>",
-    },
+    "qwen3_vl": _QWEN,
+    "qwen2_5_vl": _QWEN,
     "internvl": {"image_token_id": "<IMG_CONTEXT>"},
+    "qwen2_audio": {"audio_token_index": "<|AUDIO|>"},
 }
 
 
-def save_tiny_hf_folder(family: str, folder: Path) -> Path:
-    """Write a whole HF folder: processor, config with the processor's token ids, weights."""
+def save_tiny_hf_folder(family: str, folder: Path, vocabulary: int | None = None) -> Path:
+    """Write a whole HF folder: processor, config with the processor's token ids, weights.
+
+    Args:
+        family: see ``tests.models.tiny``.
+        folder: where to.
+        vocabulary: words of the model, default as many as the tokenizer has.
+    """
     import torch
     import transformers
 
@@ -48,7 +57,7 @@ def save_tiny_hf_folder(family: str, folder: Path) -> Path:
     config = tiny_config(family)
     for name, token in _TOKENS[family].items():
         setattr(config, name, tokenizer.convert_tokens_to_ids(token))
-    config.text_config.vocab_size = len(tokenizer)
+    config.text_config.vocab_size = vocabulary or len(tokenizer)
     torch.manual_seed(0)
     model_class = getattr(transformers, config.architectures[0])
     model_class._from_config(config, dtype=torch.float32).save_pretrained(folder)

@@ -10,6 +10,7 @@ from mindspeed_mm.arguments.groups.model import KERNELS, MODEL, MOE
 from mindspeed_mm.arguments.groups.multimodal import BALANCE, MULTIMODAL
 from mindspeed_mm.arguments.groups.optimizer import LEARNING_RATE, OPTIMIZER
 from mindspeed_mm.arguments.groups.parallel import DISTRIBUTED, FSDP2, PARALLEL, RECOMPUTE
+from mindspeed_mm.arguments.groups.precision import PRECISION
 from mindspeed_mm.arguments.groups.training import EVALUATION, STOPPING, TRAINING
 
 GROUPS = (
@@ -21,6 +22,7 @@ GROUPS = (
     DISTRIBUTED,
     CHECKPOINT,
     LOGGING,
+    PRECISION,
     EVALUATION,
     STOPPING,
     BALANCE,

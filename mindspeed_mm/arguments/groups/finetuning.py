@@ -17,8 +17,8 @@ from mindspeed_mm.arguments.flag import (
     real,
 )
 
-_NO_MIX = Refused("under LoRA everything but the adapters is frozen with --use-torch-fsdp2; remove it")
-_NO_HOOK = Inert("recomputation here needs no input with a gradient")
+_NO_MIX = Refused("under LoRA everything but the adapters is frozen; remove it")
+_NO_HOOK = Inert("where recomputation needs an input with a gradient, it gets one")
 _NO_PREFERENCE = Inert("it is read by preference training, which this script is not")
 _NO_REINFORCEMENT = Refused("reinforcement learning is not part of this package; remove it")
 _NO_SEARCH = Refused("there is no search for a parallel layout; remove it and set the sizes yourself")
@@ -51,6 +51,7 @@ LORA = Group(
             False,
             "train some parts fully",
             fsdp2=_NO_MIX,
+            megatron=_NO_MIX,
             needs=_LORA,
         ),
         Flag(
@@ -59,6 +60,7 @@ LORA = Group(
             ["word_embeddings", "input_layernorm", "final_layernorm"],
             "modules whose output must carry a gradient",
             fsdp2=_NO_HOOK,
+            megatron=_NO_HOOK,
             needs=_LORA,
         ),
         Flag(

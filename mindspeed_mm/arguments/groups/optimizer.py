@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mindspeed_mm.arguments.flag import SWITCH, TEXTS, Flag, Group, Inert, integer, one_of, real
+from mindspeed_mm.arguments.flag import SWITCH, TEXTS, Flag, Group, Inert, Refused, integer, one_of, real
 
 LEARNING_RATE = Group(
     "learning rate",
@@ -56,6 +56,7 @@ OPTIMIZER = Group(
             one_of("adam", "sgd", "muon"),
             "adam",
             "update rule; adam is AdamW, muon is Muon for weight matrices and AdamW for the rest (torch 2.9 or later)",
+            megatron=Refused("Muon needs whole matrices, which megatron-core fuses and splits; use adam", ("sgd",)),
         ),
         Flag(
             "--optimizer-selection",
@@ -110,6 +111,7 @@ OPTIMIZER = Group(
             False,
             "let a pipeline stage have nothing to train",
             fsdp2=Inert("there are no pipeline stages"),
+            megatron=Inert("a stage may always have nothing to train"),
         ),
     ),
 )

@@ -6,6 +6,7 @@ import argparse
 import re
 
 from mindspeed_mm.arguments.flag import (
+    ON_OFF,
     PATH,
     SWITCH,
     SWITCH_OFF,
@@ -35,6 +36,7 @@ _CONTEXT = Refused("context parallelism is not supported together with --use-tor
 _ZERO = Refused("FSDP2 shards the optimizer by itself; remove it")
 _RECOMPUTE = Refused("with --use-torch-fsdp2 list recompute_modules in --fsdp2-config-path instead; remove it")
 _NOT_SPLIT = Inert("the model is split by FSDP2 alone")
+_NOT_THERE = Refused("megatron-core has no such thing; use --recompute-granularity selective")
 _OVERLAP = Inert("FSDP2 overlaps communication by itself; see num_to_forward_prefetch in its yaml")
 
 DISTRIBUTED = Group(
@@ -69,13 +71,20 @@ FSDP2 = Group(
             "fsdp2_config.yaml: what is sharded, recomputed, prefetched and offloaded",
             megatron=Refused("it is read only with --use-torch-fsdp2; add that flag, or remove this one"),
         ),
-        Flag("--init-model-with-meta-device", SWITCH, False, "build without memory; weights go straight to the shards"),
+        Flag(
+            "--init-model-with-meta-device",
+            SWITCH,
+            False,
+            "build without memory; weights go straight to the shards",
+            megatron=Inert("every rank builds its own part of the model"),
+        ),
         Flag(
             "--use-cpu-initialization",
             SWITCH,
             False,
             "create weights on the CPU",
             fsdp2=Inert("weights are always created on the CPU or the meta device"),
+            megatron=Inert("weights are always created on the CPU"),
         ),
         Flag(
             "--no-initialization",
@@ -84,6 +93,7 @@ FSDP2 = Group(
             "leave weights uninitialised",
             dest="perform_initialization",
             fsdp2=Inert("weights that are about to be loaded are never initialised first"),
+            megatron=Inert("it saves a moment only: weights that are loaded replace it"),
         ),
     ),
 )
@@ -110,16 +120,31 @@ PARALLEL = Group(
             needs="--context-parallel-algo hybrid_cp_algo",
         ),
         Flag("--expert-model-parallel-size", integer(1), 1, "ranks that share the experts", fsdp2=_SPLIT),
+        Flag(
+            "--expert-tensor-parallel-size",
+            integer(1),
+            None,
+            "ranks that share each expert (default: as --tensor-model-parallel-size)",
+            fsdp2=_SPLIT,
+        ),
         Flag("--sequence-parallel", SWITCH, False, "share activations too", fsdp2=_NOT_SPLIT),
         Flag("--use-distributed-optimizer", SWITCH, False, "shard the optimizer over data ranks", fsdp2=_ZERO),
         Flag("--overlap-grad-reduce", SWITCH, False, "reduce gradients during backward", fsdp2=_OVERLAP),
         Flag("--overlap-param-gather", SWITCH, False, "gather parameters during forward", fsdp2=_OVERLAP),
+        Flag(
+            "--overlap-p2p-communication",
+            ON_OFF,
+            False,
+            "send between stages during computation; with --virtual-pipeline-model-parallel-size",
+            fsdp2=_NOT_SPLIT,
+        ),
         Flag(
             "--hetero-parallel",
             SWITCH,
             False,
             "another parallel layout for the encoder",
             fsdp2=Refused("FSDP2 has one layout for the whole model; remove it"),
+            megatron=Refused("encoder and decoder share one layout; remove it"),
         ),
         Flag(
             "--hetero-encoder-mbs-scale",
@@ -134,6 +159,7 @@ PARALLEL = Group(
             False,
             "keep bfloat16 and float32 parameters in one storage",
             fsdp2=Inert("FSDP2 keeps one sharded copy of the parameters"),
+            megatron=Inert("the optimizer keeps its float32 copy; --use-distributed-optimizer shards it"),
         ),
     ),
 )
@@ -144,14 +170,29 @@ RECOMPUTE = Group(
         Flag("--recompute-granularity", one_of("full", "selective"), None, "what is recomputed", fsdp2=_RECOMPUTE),
         Flag("--recompute-method", one_of("block", "uniform"), None, "which layers", fsdp2=_RECOMPUTE),
         Flag("--recompute-num-layers", integer(1), None, "how many layers", fsdp2=_RECOMPUTE),
-        Flag("--recompute-skip-core-attention", SWITCH, False, "keep attention outputs", fsdp2=_RECOMPUTE),
-        Flag("--recompute-num-layers-skip-core-attention", integer(0), 0, "in so many layers", fsdp2=_RECOMPUTE),
+        Flag(
+            "--recompute-skip-core-attention",
+            SWITCH,
+            False,
+            "keep attention outputs",
+            fsdp2=_RECOMPUTE,
+            megatron=_NOT_THERE,
+        ),
+        Flag(
+            "--recompute-num-layers-skip-core-attention",
+            integer(0),
+            0,
+            "in so many layers",
+            fsdp2=_RECOMPUTE,
+            megatron=_NOT_THERE,
+        ),
         Flag(
             "--swap-attention",
             SWITCH,
             False,
             "move attention inputs to host memory",
             fsdp2=Inert("recompute_modules and offload_to_cpu of the FSDP2 yaml save this memory"),
+            megatron=Inert("--recompute-granularity saves this memory"),
         ),
     ),
 )

@@ -27,6 +27,7 @@ TRAINING = Group(
             False,
             "let micro-batches differ in sequence length",
             fsdp2=Inert("a batch is always as long as its longest sample"),
+            megatron=Inert("a batch is always as long as its longest sample"),
         ),
         Flag("--seed", integer(0), 1234, "decides the random weights, dropout and the order of the data"),
         Flag(
@@ -48,17 +49,26 @@ TRAINING = Group(
             False,
             "keep the parameters in float16",
             fsdp2=Refused("FSDP2 has no loss scaling; use --bf16, or param_dtype: bf16 in --fsdp2-config-path"),
+            megatron=Refused("there is no loss scaling; use --bf16"),
         ),
         Flag("--allow-tf32", SWITCH, False, "let float32 matrix products use TF32 or HF32 where the device has it"),
         Flag("--calculate-per-sample-loss", SWITCH, False, "loss: mean over tokens of a sample, then over samples"),
         Flag("--calculate-per-token-loss", SWITCH, False, "loss: mean over all target tokens of the global batch"),
-        Flag("--calculate-token-loss", SWITCH, False, "loss: token mean per micro-batch", fsdp2=_LOSS_NOT_SUPPORTED),
+        Flag(
+            "--calculate-token-loss",
+            SWITCH,
+            False,
+            "loss: token mean per micro-batch",
+            fsdp2=_LOSS_NOT_SUPPORTED,
+            megatron=_LOSS_NOT_SUPPORTED,
+        ),
         Flag(
             "--calculate-square-loss",
             SWITCH,
             False,
             "loss: samples weighted by 1/sqrt(target tokens)",
             fsdp2=_LOSS_NOT_SUPPORTED,
+            megatron=_LOSS_NOT_SUPPORTED,
         ),
         Flag(
             "--nan-policy",
@@ -67,7 +77,6 @@ TRAINING = Group(
             "what to do about a step whose loss or gradient is not finite, which never changes weights or optimizer: "
             "end the run and name the samples and the module; go on with the next step; or go back to the newest "
             "checkpoint of --save and leave the samples of that step out",
-            megatron=Refused("only FSDP2 has it; leave it out", allowed=("stop",)),
         ),
         Flag(
             "--nan-limit",
@@ -104,6 +113,7 @@ EVALUATION = Group(
             integer(0),
             0,
             "validation samples of which the last answer is generated and compared at every evaluation",
+            megatron=Refused("a split model cannot generate; remove it, and generate from what --export-hf writes"),
         ),
     ),
 )

@@ -76,8 +76,14 @@ class BlankImage:
         for _ in range(self._blanks):
             embeds: Tensor = kwargs["inputs_embeds"]
             features = self._backbone.get_image_features(**{k: v.to(embeds.device) for k, v in self._inputs.items()})
-            leaves = [t for t in tree_leaves(features) if isinstance(t, Tensor) and t.requires_grad]
-            if leaves:  # a frozen tower had to run, but has nothing to say
-                zero = torch.stack([t.sum() for t in leaves]).sum() * 0
-                kwargs["inputs_embeds"] = embeds + zero.to(embeds.dtype)
+            kwargs["inputs_embeds"] = add_nothing(embeds, features)
         return args, kwargs
+
+
+def add_nothing(embeds: Tensor, features: Any) -> Tensor:
+    """Return ``embeds`` plus zero times all tensors in ``features``, for the backward pass to go through them."""
+    leaves = [t for t in tree_leaves(features) if isinstance(t, Tensor) and t.requires_grad]
+    if not leaves:  # a frozen tower had to run, but has nothing to say
+        return embeds
+    zero = torch.stack([t.sum() for t in leaves]).sum() * 0
+    return embeds + zero.to(embeds.dtype)

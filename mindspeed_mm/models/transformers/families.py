@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DummyImage = Callable[[Any], dict[str, Tensor]]
+DummyInputs = Callable[[Any], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,14 @@ class Family:
         backbone: the module with ``get_image_features`` and ``language_model``.
         dummy_image: from the HF config to the keyword arguments of ``get_image_features`` for the smallest legal
             image, blank; None where the vision tower is not known or absent.
+        dummy_audio: from the HF config to the keyword arguments of ``audio_tower``, whose ``last_hidden_state`` goes
+            through ``multi_modal_projector``, for the shortest legal audio, silent; None likewise.
     """
 
     components: Mapping[str, tuple[str, ...]]
     backbone: str = "model"
-    dummy_image: DummyImage | None = None
+    dummy_image: DummyInputs | None = None
+    dummy_audio: DummyInputs | None = None
 
     def component_of(self, name: str) -> str | None:
         """Return the component that the parameter ``name`` belongs to, or None."""
@@ -59,6 +62,12 @@ def _picture(config: Any) -> dict[str, Tensor]:
     return {"pixel_values": torch.zeros(1, vision.num_channels, height, width)}
 
 
+def _silence(config: Any) -> dict[str, Tensor]:
+    """As long as every recording is padded to, two steps for each position of the tower."""
+    audio = config.audio_config
+    return {"input_features": torch.zeros(1, audio.num_mel_bins, 2 * audio.max_source_positions)}
+
+
 _LANGUAGE = ("model.language_model", "lm_head")
 _QWEN_OR_GLM = Family(
     components={
@@ -69,6 +78,15 @@ _QWEN_OR_GLM = Family(
     dummy_image=_patches,
 )
 
+_TOWER_AND_PROJECTOR = Family(
+    components={
+        "vision_encoder": ("model.vision_tower",),
+        "vision_projector": ("model.multi_modal_projector",),
+        "text_decoder": _LANGUAGE,
+    },
+    dummy_image=_picture,
+)
+
 # By HF model_type. Add an entry from a plugin for a family of your own.
 FAMILIES: dict[str, Family] = {
     "qwen2_vl": _QWEN_OR_GLM,
@@ -77,13 +95,14 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl_moe": _QWEN_OR_GLM,
     "glm4v": _QWEN_OR_GLM,
     "glm4v_moe": _QWEN_OR_GLM,
-    "internvl": Family(
+    "internvl": _TOWER_AND_PROJECTOR,
+    "llava": _TOWER_AND_PROJECTOR,
+    "qwen2_audio": Family(
         components={
-            "vision_encoder": ("model.vision_tower",),
-            "vision_projector": ("model.multi_modal_projector",),
+            "audio_encoder": ("model.audio_tower", "model.multi_modal_projector"),
             "text_decoder": _LANGUAGE,
         },
-        dummy_image=_picture,
+        dummy_audio=_silence,
     ),
 }
 
@@ -104,7 +123,7 @@ def family_of(transformer_config: Any) -> Family:
     """Return the family of an HF config: an entry of ``FAMILIES``, text only, or the conventional names."""
     if transformer_config.model_type in FAMILIES:
         return FAMILIES[transformer_config.model_type]
-    return _CONVENTIONAL if has_vision(transformer_config) or _has_audio(transformer_config) else _TEXT_ONLY
+    return _CONVENTIONAL if has_vision(transformer_config) or has_audio(transformer_config) else _TEXT_ONLY
 
 
 def has_vision(transformer_config: Any) -> bool:
@@ -112,5 +131,6 @@ def has_vision(transformer_config: Any) -> bool:
     return getattr(transformer_config, "vision_config", None) is not None
 
 
-def _has_audio(transformer_config: Any) -> bool:
+def has_audio(transformer_config: Any) -> bool:
+    """Return whether an HF config describes a model with an audio tower."""
     return getattr(transformer_config, "audio_config", None) is not None

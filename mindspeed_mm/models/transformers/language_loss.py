@@ -85,6 +85,8 @@ class LanguageModelLoss:
         result = {"loss": REDUCTIONS[self._type](sums, counts), "loss_mask": mask}
         if self._type == "per_token_loss":
             result["token_nums"] = counts.sum()
+        if self._type == "per_sample_loss":
+            result["sample_nums"] = counts.new_full((), len(counts))
         if self._aux_coefficient > 0:
             self._add_router_loss(model, result, getattr(outputs, "aux_loss", None))
         return result

@@ -1,0 +1,107 @@
+"""Every family on one rank gives Hugging Face's logits, loss and gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.models import tiny
+from tests.models.megatron import vlm
+from tests.ranks import RankPool
+
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "internvl", "llava")
+LIMIT = 1e-5
+
+
+def batches(family: str) -> dict[str, dict[str, Tensor]]:
+    """Return one batch of each kind."""
+    found = {
+        "an image": tiny.tiny_batch(family, [1, 0]),
+        "several images": tiny.tiny_batch(family, [2, 1], seed=1),
+        "no image": tiny.tiny_batch(family, [0, 0], seed=2),
+        "padding": padded(tiny.tiny_batch(family, [1, 1], seed=3)),
+    }
+    if family.startswith("qwen"):
+        found["videos"] = tiny.tiny_batch(family, [1, 0], videos=[1, 1], seed=4)
+        found["a wide image"] = wide_image(family)
+    return found
+
+
+def padded(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Make the last four tokens of the second sample padding."""
+    batch["attention_mask"][1, -4:] = 0
+    batch["input_ids"][1, -4:] = 0
+    batch["labels"][1, -4:] = -100
+    return batch
+
+
+def wide_image(family: str) -> dict[str, Tensor]:
+    """Make the first image two tokens high and four wide, so that positions differ by axis."""
+    batch = tiny.tiny_batch(family, [1, 0], length=20, seed=5)
+    batch["input_ids"][0, 1:9] = tiny.IMAGE_TOKEN
+    batch["mm_token_type_ids"] = (batch["input_ids"] == tiny.IMAGE_TOKEN).int()
+    batch["labels"][0, 1:9] = -100
+    batch["image_grid_thw"] = torch.tensor([[1, 4, 8]])
+    batch["pixel_values"] = torch.randn(32, 96, generator=torch.Generator().manual_seed(6))
+    return batch
+
+
+def compare(family: str, folder: str, tie: bool, model_json: dict[str, Any]) -> dict[str, tuple[float, str]]:
+    """Run all batches and return the largest deviations."""
+    vlm.start()
+    (model,) = vlm.build(folder, **model_json)
+    found = {}
+    for kind, batch in batches(family).items():
+        loss, logits, grads = vlm.oracle(family, batch, tie)
+        model.zero_grad()
+        output = model(**batch)
+        output["loss_dict"]["loss"].backward()
+        real = batch["attention_mask"].bool()
+        found[f"{kind}: logits"] = (float((output["logits"] - logits)[real].abs().max()), "")
+        found[f"{kind}: loss"] = (abs(float(output["loss_dict"]["loss"].detach()) - loss) / loss, "")
+        found[f"{kind}: gradients"] = vlm.worst(vlm.gradients(model), grads)
+    return found
+
+
+@pytest.mark.parametrize(("family", "tie"), [*((f, False) for f in FAMILIES), ("qwen3_vl", True)])
+def test_same_numbers(ranks1: RankPool, tmp_path: Path, family: str, tie: bool) -> None:
+    tiny.save_tiny(family, tmp_path, tie)
+    (found,) = ranks1.run(compare, family, str(tmp_path), tie, {})
+    assert {kind: off for kind, off in found.items() if off[0] > LIMIT} == {}
+
+
+def compare_loss(folder: str, loss_cfg: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
+    vlm.start()
+    (model,) = vlm.build(folder, loss_cfg=loss_cfg)
+    output = model(**padded(tiny.tiny_batch("qwen2_5_vl", [1, 1], seed=3)))
+    output["loss_dict"]["loss"].backward()
+    weight = model.text_decoder.output_layer.weight.grad
+    return {key: value.detach() for key, value in output["loss_dict"].items()}, weight
+
+
+@pytest.mark.parametrize("compute_mode", ["default", "chunk"])
+@pytest.mark.parametrize("loss_type", ["default", "per_sample_loss", "per_token_loss"])
+def test_losses(ranks1: RankPool, tmp_path: Path, loss_type: str, compute_mode: str) -> None:
+    tiny.save_tiny("qwen2_5_vl", tmp_path)
+    loss_cfg = {"loss_type": loss_type, "compute_mode": compute_mode, "chunk_size": 5}
+    ((found, weight_grad),) = ranks1.run(compare_loss, str(tmp_path), loss_cfg)
+    model = tiny.tiny_model("qwen2_5_vl")
+    batch = padded(tiny.tiny_batch("qwen2_5_vl", [1, 1], seed=3))
+    targets = batch.pop("labels")[:, 1:]
+    losses = torch.nn.functional.cross_entropy(model(**batch).logits[:, :-1].mT, targets, reduction="none")
+    counts = (targets >= 0).sum(1)
+    right = {
+        "default": losses.sum() / counts.sum(),
+        "per_sample_loss": (losses.sum(1) / counts).mean(),
+        "per_token_loss": losses.sum(),
+    }[loss_type]
+    right.backward()
+    torch.testing.assert_close(found["loss"], right.detach(), rtol=LIMIT, atol=0)
+    torch.testing.assert_close(weight_grad, model.lm_head.weight.grad, rtol=1e-4, atol=1e-6)
+    assert torch.equal(found["loss_mask"][:, :-1], targets >= 0) and not found["loss_mask"][:, -1].any()
+    assert ("token_nums" in found) == (loss_type == "per_token_loss")
+    assert found.get("token_nums", counts.sum()) == counts.sum()

@@ -1,0 +1,81 @@
+"""What is done at every step: local norms, weights that stay, and the steps before something goes wrong."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.precision.anomaly import read_anomaly_plan
+from mindspeed_mm.precision.record import Key, Record
+from tests.precision.runs import record
+from tests.precision.test_recorder import batches
+from tests.ranks import RankPool
+from tests.training.job import Job, run_here
+
+
+def test_local_norms_are_those_of_plain_pytorch(
+    job: Job, hf_folder: Path, ranks2: RankPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    parts = batches(job, monkeypatch)
+    job.flags |= {"log-local-norm": True, "precision-capture": None, "train-iters": 1, "micro-batch-size": 2}
+    job.flags |= {"save": tmp_path / "save", "no-save-optim": True}
+    assert not ranks2.run(run_here, job.command(), job.folder, timeout=240)[0].code
+    row = json.loads((tmp_path / "save" / "metrics.jsonl").read_text().splitlines()[0])
+    model = AutoModelForImageTextToText.from_pretrained(hf_folder, dtype=torch.float32).train()
+    targets = sum(int((part["labels"][:, 1:] != -100).sum()) for part in parts)
+    for part in parts:
+        model(**part, num_items_in_batch=targets, use_cache=False).loss.backward()
+    expected = {name: float(p.grad.norm()) for name, p in model.named_parameters() if p.grad is not None}
+    assert row["local_norm"] == pytest.approx(expected, rel=1e-4, abs=1e-8)
+    assert sum(norm**2 for norm in row["local_norm"].values()) ** 0.5 == pytest.approx(row["grad_norm"], rel=1e-5)
+
+
+def test_weights_stay_and_gradients_are_summed(job: Job, ranks2: RankPool, tmp_path: Path) -> None:
+    flags = {"precision_capture": "steps=0-2,level=parameter", "precision_mode": "lr0", "global_batch_size": 4}
+    run = record(ranks2, job, tmp_path / "r", micro_batch_size=2, train_iters=3, **flags)
+    first, last = run.step(0), run.step(2)
+    sums = Record.open(tmp_path / "r" / "lr0").step(2)
+    assert sums.scalars["lr0_steps"] == 3
+    losses = [run.step(step).scalars["loss"] for step in range(3)]
+    assert sums.scalars["lr0_loss"] == pytest.approx(sum(losses), rel=1e-6)
+    for key, sketch in first.of_phase("weights").items():
+        assert (last.entries[key].vector == sketch.vector).all() and last.entries[key].norm == sketch.norm
+    assert all(sketch.norm > 0 for key, sketch in last.of_phase("optimizer").items() if key.what == "update")
+    for key, total in sums.entries.items():
+        expected = sum(run.step(step).entries[Key("grad_reduced", key.site, "gradient")].vector for step in range(3))
+        assert total.vector == pytest.approx(expected, abs=1e-5 * float(abs(expected).max()))
+
+
+def test_the_steps_before_an_anomaly_are_kept_and_replayed(job: Job, ranks1: RankPool, tmp_path: Path) -> None:
+    job.flags |= {"precision-capture": None, "precision-on-anomaly": "dump=2", "train-iters": 5, "lr": "1e25"}
+    job.flags |= {"precision-dir": tmp_path / "r", "micro-batch-size": 2, "seed": 7}
+    outcome = ranks1.run(run_here, job.command(), job.folder, timeout=240)[0]
+    assert outcome.code and "not finite" in outcome.text
+    (folder,) = (tmp_path / "r" / "anomalies").iterdir()
+    assert str(folder / "replay.sh") in outcome.text
+    kept = Record.open(folder)
+    bad = kept.manifest["anomaly"]["step"]
+    assert kept.steps == [bad - 1, bad] and folder.name == f"step_{bad:07d}"
+    assert any(sketch.nonfinite for sketch in kept.step(bad).entries.values())
+    assert not any(sketch.nonfinite for sketch in kept.step(bad - 1).entries.values())
+    batches = torch.load(folder / "batches_00000.pt", weights_only=True)
+    assert [len(batches[step]) for step in kept.steps] == [4, 4]
+    command = shlex.split((folder / "replay.sh").read_text().splitlines()[-1].replace('"$@"', ""))
+    assert ranks1.run(run_here, command, job.folder, timeout=240)[0].code, "it ends as it did"
+    again = Record.open(folder / "replay").step(bad - 1)
+    for key, sketch in kept.step(bad - 1).entries.items():
+        assert (again.entries[key].vector == sketch.vector).all(), key
+    assert {sample.name for sample in again.samples} == {sample.name for sample in kept.step(bad - 1).samples}
+
+
+@pytest.mark.parametrize("text", ["dump=0", "3", "dump=3,spike=1", "dumps=3"])
+def test_an_anomaly_plan_that_cannot_be_read_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="dump=3"):
+        read_anomaly_plan(text)
