@@ -139,8 +139,24 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def resplit(source_dir: Path, target_dir: Path, trust_remote_code: bool = False) -> None:
+    """Copy a checkpoint as it is: any parallel layout reads what any other has written."""
+    from mindspeed_mm.checkpoint import convert
+
+    path = convert.copy_checkpoint(source_dir, target_dir)
+    print(f"copied to {path}; there was nothing to split: any parallel layout loads it, {source_dir} as well")
+
+
 # The documented converters differ in how they call the same folders.
-_CONVERTERS = ("Qwen3VLConverter", "ExpertMergeDcpConverter", "GenericDCPConverter")
+_CONVERTERS = (
+    "Qwen3VLConverter",
+    "ExpertMergeDcpConverter",
+    "GenericDCPConverter",
+    # Of Megatron models, which here have the same checkpoints.
+    "Qwen2VLConverter",
+    "Qwen2_5_VLConverter",
+    "InternVLConverter",
+)
 _METHODS: dict[str, tuple[Callable[..., None], dict[str, tuple[str, ...]]]] = {
     "hf_to_dcp": (hf_to_dcp, {"hf_dir": ("hf_dir",), "dcp_dir": ("dcp_dir", "save_dir")}),
     "dcp_to_hf": (
@@ -151,7 +167,21 @@ _METHODS: dict[str, tuple[Callable[..., None], dict[str, tuple[str, ...]]]] = {
             "model_assets_dir": ("model_assets_dir", "hf_dir"),
         },
     ),
+    "hf_to_mm": (hf_to_dcp, {"hf_dir": ("cfg.hf_config.hf_dir", "hf_dir"), "dcp_dir": ("cfg.mm_dir", "dcp_dir")}),
+    "mm_to_hf": (
+        dcp_to_hf,
+        {
+            "load_dir": ("cfg.mm_dir", "load_dir"),
+            "save_dir": ("cfg.save_hf_dir", "save_dir"),
+            "model_assets_dir": ("cfg.hf_config.hf_dir", "model_assets_dir"),
+        },
+    ),
+    "resplit": (
+        resplit,
+        {"source_dir": ("cfg.source_dir", "cfg.mm_dir"), "target_dir": ("cfg.target_dir", "save_dir")},
+    ),
 }
+_PATHS = dict.fromkeys(name for _, wanted in _METHODS.values() for names in wanted.values() for name in names)
 # What upstream's converters must be told and ours read from the model: names, ties, fused layouts.
 _NOT_NEEDED = ("tie_weight", "dcp_prefix", "hf_prefix", "tie_weight_mapping", "fused_linear_names")
 
@@ -160,11 +190,15 @@ def _documented_command(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="mm-convert", allow_abbrev=False)
     parser.add_argument("converter", help=f"one of {', '.join(_CONVERTERS)}")
     parser.add_argument("method", choices=_METHODS)
-    for name in ("hf_dir", "dcp_dir", "load_dir", "save_dir", "model_assets_dir"):
+    for name in _PATHS:
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", type=Path)
     for name in ("trust_remote_code", *_NOT_NEEDED):
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?", const="true", default="false")
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if unknown := [word for word in rest if word.startswith("-") and not word.startswith("--cfg.")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if layout := [word for word in rest if word.startswith("--cfg.")]:
+        print(f"{' '.join(layout)}: not needed, a checkpoint has no parallel layout", file=sys.stderr)
     if args.converter not in _CONVERTERS:
         known = ", ".join(_CONVERTERS)
         raise UserError(

@@ -23,6 +23,14 @@ def ranks2() -> Iterator[RankPool]:
     pool.stop()
 
 
+@pytest.fixture(scope="session")
+def ranks4() -> Iterator[RankPool]:
+    """Four of them, for slow tests."""
+    pool = RankPool(4)
+    yield pool
+    pool.stop()
+
+
 @pytest.fixture(params=[1, 2])
 def ranks(request: pytest.FixtureRequest) -> RankPool:
     """One real gloo rank, then two: the test runs with each."""
@@ -33,5 +41,5 @@ def ranks(request: pytest.FixtureRequest) -> RankPool:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that ask for real ranks, so that the unit tier can leave them out."""
     for item in items:
-        if {"ranks", "ranks1", "ranks2"} & set(getattr(item, "fixturenames", ())):
+        if {"ranks", "ranks1", "ranks2", "ranks4"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.ranks)

@@ -51,12 +51,22 @@ def finish(process: subprocess.Popen[bytes]) -> None:
         sys.exit(f"training failed with exit code {process.returncode}; its last message is above")
 
 
-def losses(save: Path) -> dict[int, float]:
-    """Return the loss of every iteration; of one that was run twice, the later."""
+def metrics(save: Path) -> list[dict[str, Any]]:
+    """Return the whole lines of metrics.jsonl that are about a training step."""
     path = save / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("}")]
-    return {row["iteration"]: row["loss"] for row in rows if "loss" in row}
+    return [row for row in (json.loads(line) for line in lines if line.endswith("}")) if "loss" in row]
+
+
+def losses(save: Path) -> dict[int, float]:
+    """Return the loss of every iteration; of one that was run twice, the later."""
+    return {row["iteration"]: row["loss"] for row in metrics(save)}
+
+
+def data_wait(save: Path) -> float:
+    """Return the share of the training time, without the first step, that was spent waiting for batches."""
+    rows = metrics(save)[1:]
+    return sum(row["data_wait_time"] for row in rows) / sum(row["step_time"] for row in rows)
 
 
 def kill_after(process: subprocess.Popen[bytes], save: Path, iteration: int) -> None:
@@ -117,6 +127,7 @@ def main() -> None:
 
     step("train: Qwen3-VL architecture, 2 million parameters, from random weights, two FSDP2 ranks")
     finish(train(STRAIGHT, "--export-hf", str(OUT / "export")))
+    print(f"waiting for data took {data_wait(STRAIGHT):.2%} of the steps")
 
     step("evaluate: generate() on held-out pictures, from the exported Hugging Face folder")
     evaluation = subprocess.run([sys.executable, HERE / "evaluate.py"])

@@ -16,10 +16,11 @@ import functools
 import importlib
 import logging
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
+
+from mindspeed_mm.accelerator.stand_in import StandIn
 
 _CPU = torch.device("cpu")
 
@@ -50,17 +51,6 @@ STAND_INS: dict[str, frozenset[str]] = {
     "transformer.moe.token_dispatcher": frozenset({"Stream", "current_stream"}),
 }
 """Modules of megatron-core and what of torch, or of torch.cuda, they use of it."""
-
-
-class _Module(ModuleType):
-    """A module with some names of its own, and for the rest those of another."""
-
-    def __init__(self, other: ModuleType, **own: Any) -> None:
-        super().__init__(other.__name__)
-        self.__dict__.update(own, _other=other)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_other"], name)
 
 
 class _Stream:
@@ -141,8 +131,8 @@ def answer_for_cuda(leave_out: str | None = None) -> None:
         module = importlib.import_module(f"megatron.core.{name}")
         if names := STAND_INS.get(name):
             own = {key: _on_cpu(getattr(torch, key)) for key in names - CUDA.keys()}
-            cuda = _Module(torch.cuda, **{key: CUDA[key] for key in names & CUDA.keys()})
-            vars(module)["torch"] = _Module(torch, **own, cuda=cuda)
+            cuda = StandIn(torch.cuda, **{key: CUDA[key] for key in names & CUDA.keys()})
+            vars(module)["torch"] = StandIn(torch, **own, cuda=cuda)
         vars(module).update(NAMES.get(name, {}))
     if leave_out != TENSOR_CUDA:
         torch.Tensor.cuda = _stay

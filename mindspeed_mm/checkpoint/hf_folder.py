@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +22,65 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
+# So much of a weight is in host memory at a time, beside where it goes.
+_PIECE = 2**22  # bytes
+
+
 @dataclass(frozen=True)
 class FileTensor:
-    """One tensor in a safetensors file; `read` takes only the asked block from the disk."""
+    """One tensor in a safetensors file.
+
+    Bytes come by ``pread`` instead of safetensors' map of the file, whose pages would stay in the process's memory, and
+    those of `pieces` into one place, as memory that is taken and given back for each would be scattered.
+    """
 
     handle: Any
     key: str
+    descriptor: int
+    start: int
+    scratch: torch.Tensor
 
-    @property
+    @cached_property
     def meta(self) -> torch.Tensor:
         """A tensor on meta with the shape and dtype of the stored one."""
         shape = self.handle.get_slice(self.key).get_shape()
         # An empty slice tells the dtype without a table of safetensors' own dtype names.
-        sample = self.handle.get_slice(self.key)[:0] if shape else self.read()
+        sample = self.handle.get_slice(self.key)[:0] if shape else self.handle.get_tensor(self.key)
         return torch.empty(shape, dtype=sample.dtype, device="meta")
 
     def read(self, block: tuple[slice, ...] = ()) -> torch.Tensor:
-        """Return the tensor, or the block of it that one slice for each dimension cuts out."""
+        """Return the tensor, or the block of it that one slice for each dimension, or for the first ones, cuts out."""
+        return self._read(block, None)
+
+    def pieces(self, block: tuple[slice, ...]) -> Iterator[tuple[Any, torch.Tensor]]:
+        """Read a block some rows at a time; give where in it they lie, and them, until the next piece is read."""
         if not block:
+            yield ..., self.read()
+            return
+        first, rest = block[0], block[1:]
+        step = max(1, len(self.scratch) // max(1, self.meta[:1].nbytes))
+        for start in range(first.start, first.stop, step):
+            stop = min(start + step, first.stop)
+            yield slice(start - first.start, stop - first.start), self._read((slice(start, stop), *rest), self.scratch)
+
+    def _read(self, block: tuple[slice, ...], place: torch.Tensor | None) -> torch.Tensor:
+        shape, dtype = self.meta.shape, self.meta.dtype
+        if not shape:
             return self.handle.get_tensor(self.key)
-        return self.handle.get_slice(self.key)[block]
+        rows, *others = [range(n)[s] for n, s in zip(shape, (*block, *[slice(None)] * len(shape)), strict=False)]
+        if any(len(other) != n for other, n in zip(others, shape[1:], strict=True)):
+            return self.handle.get_slice(self.key)[block]
+        wanted, row_bytes = (len(rows), *shape[1:]), self.meta[:1].nbytes
+        size = len(rows) * row_bytes
+        if place is None or len(place) < size:
+            place = torch.empty(size, dtype=torch.uint8)
+        into, start = memoryview(place[:size].numpy()), self.start + rows.start * row_bytes
+        while into:
+            count = os.preadv(self.descriptor, [into], start)
+            if not count:
+                raise UserError(f"{self.key} ends too early in its safetensors file; download it again")
+            into, start = into[count:], start + count
+        return place[:size].view(dtype).view(wanted)
 
 
 @contextmanager
@@ -50,14 +90,21 @@ def open_weights(folder: Path) -> Iterator[dict[str, FileTensor]]:
     Raises:
         UserError: the folder has no safetensors weights, lacks a file of its index, or a file is damaged.
     """
+    scratch = torch.empty(_PIECE, dtype=torch.uint8)
     with ExitStack() as stack:
         tensors: dict[str, FileTensor] = {}
-        for file in _weight_files(folder):
+        for path in _weight_files(folder):
             try:
-                handle = stack.enter_context(safe_open(file, framework="pt"))
+                handle = stack.enter_context(safe_open(path, framework="pt"))
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{file} is not a readable safetensors file ({error}); download it again") from error
-            tensors.update({key: FileTensor(handle, key) for key in handle.keys()})  # noqa: SIM118 - no mapping
+                raise UserError(f"{path} is not a readable safetensors file ({error}); download it again") from error
+            file = stack.enter_context(open(path, "rb", buffering=0))
+            # Eight bytes with the length of the JSON that follows, which says where behind it each tensor lies.
+            length = int.from_bytes(file.read(8), "little")
+            places = json.loads(os.pread(file.fileno(), length, 8))
+            for key in handle.keys():  # noqa: SIM118 - no mapping
+                start = 8 + length + places[key]["data_offsets"][0]
+                tensors[key] = FileTensor(handle, key, file.fileno(), start, scratch)
         yield tensors
 
 

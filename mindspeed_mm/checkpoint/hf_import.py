@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -17,9 +19,9 @@ from mindspeed_mm.errors import UserError
 def load_hf_weights(hf_model: PreTrainedModel, folder: str | Path, strict: bool = True) -> list[str]:
     """Fill the parameters and persistent buffers of a model from a folder's safetensors files.
 
-    Every rank reads for itself and one weight at a time: only its own block where a weight is stored as the module
-    has it, the whole where Transformers converts the layout (fused experts). The weights keep the model's dtype.
-    Every rank calls this.
+    Every rank reads for itself, one weight at a time, and only its own block of it: some rows at a time where the
+    weight is stored as the module has it, its own experts where Transformers fuses or transposes them. What is
+    converted in other ways is read whole. The weights keep the model's dtype. Every rank calls this.
 
     Args:
         hf_model: plain or sharded, with storage (not on meta).
@@ -87,7 +89,9 @@ def _run(
     folder: Path,
 ) -> None:
     """Copy what one step gives into this rank's part of the model."""
-    values = {} if step.converter is None else step.run(bare, stored)
+    values: dict[str, torch.Tensor] = {}
+    if step.converter is not None and not step.by_rows:
+        values = step.run(bare, stored)
     for name, meta in step.outputs.items():
         target = targets.get(name)
         if target is None or target.shape != meta.shape:
@@ -95,16 +99,23 @@ def _run(
         part, block = local_part(target), local_block(target)
         if not part.numel():
             continue
-        value = values[name][block] if values else stored[step.sources[0][1]].read(block)
-        if id(target) not in filled:
-            part.copy_(value)
-            filled.add(id(target))
-        # Tied in the config and yet stored under both names: harmless only while the two are equal.
-        elif not torch.equal(part, value.to(part)):
-            raise UserError(
-                f"{folder}: {name} is tied to another weight by the config, but stored with other values; "
-                'set "tie_word_embeddings": false in its config.json'
-            )
+        pieces: Iterable[tuple[Any, torch.Tensor]]
+        if step.converter is None:
+            pieces = stored[step.sources[0][1]].pieces(block)
+        elif step.by_rows:
+            pieces = [(..., step.run(bare, stored, block[0])[name][(slice(None), *block[1:])])]
+        else:
+            pieces = [(..., values[name][block])]
+        for rows, value in pieces:
+            if id(target) not in filled:
+                part[rows].copy_(value)
+            # Tied in the config and yet stored under both names: harmless only while the two are equal.
+            elif not torch.equal(part[rows], value.to(part)):
+                raise UserError(
+                    f"{folder}: {name} is tied to another weight by the config, but stored with other values; "
+                    'set "tie_word_embeddings": false in its config.json'
+                )
+        filled.add(id(target))
 
 
 def _tie(model: PreTrainedModel) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -18,7 +19,10 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     PrefixChange,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -34,8 +38,8 @@ class Stored(Protocol):
     def meta(self) -> torch.Tensor:
         """A tensor on meta with the shape and dtype of the stored one."""
 
-    def read(self) -> torch.Tensor:
-        """Return the whole tensor."""
+    def read(self, block: tuple[slice, ...] = ()) -> torch.Tensor:
+        """Return the tensor, or a block of it."""
 
 
 def native_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -71,9 +75,39 @@ class ImportStep:
     converter: WeightConverter | None
     outputs: dict[str, torch.Tensor]
 
-    def run(self, model: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[str, torch.Tensor]:
-        """Read the sources and return the module weights, on the CPU, in the dtype on disk."""
-        return _convert(self, model, {key: stored[key].read for _, key in self.sources})
+    @property
+    def by_rows(self) -> bool:
+        """Whether one row (expert) of what the step gives needs the same row of each source and no other.
+
+        With a merge, which comes first, each source is a row.
+        """
+        operations = self.converter.operations if self.converter else []
+        return len(self.outputs) == 1 and all(
+            (isinstance(op, MergeModulelist) and op.dim == 0 and i == 0)
+            or (isinstance(op, Concatenate) and op.dim > 0)
+            or (isinstance(op, Transpose) and 0 not in (op.dim0, op.dim1))
+            for i, op in enumerate(operations)
+        )
+
+    def run(
+        self, model: PreTrainedModel, stored: Mapping[str, Stored], rows: slice | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Read the sources and return the module weights, on the CPU, in the dtype on disk.
+
+        Args:
+            model: a `skeleton`.
+            stored: the tensors on disk by name.
+            rows: give only these, and read no more; for a step `by_rows`.
+        """
+        if rows is None:
+            return _convert(self, model, {key: stored[key].read for _, key in self.sources})
+        if not isinstance(self.converter.operations[0], MergeModulelist):  # type: ignore[union-attr]
+            return _convert(self, model, {key: partial(stored[key].read, (rows,)) for _, key in self.sources})
+        parts: dict[str, list[tuple[str, str]]] = {}
+        for pattern, key in self.sources:
+            parts.setdefault(pattern, []).append((pattern, key))
+        own = replace(self, sources=[source for part in parts.values() for source in part[rows]])
+        return own.run(model, stored)
 
 
 @dataclass(frozen=True)
@@ -128,8 +162,19 @@ def plan_import(model: PreTrainedModel, stored: Mapping[str, Stored], wanted: It
             # An expert is missing, say.
             plan.broken[target] = f"{len(keys)} tensors on disk, {error}"
         else:
-            plan.steps.append(step)
+            plan.steps.append(replace(step, converter=None) if _changes_nothing(step, stored) else step)
     return plan
+
+
+def _changes_nothing(step: ImportStep, stored: Mapping[str, Stored]) -> bool:
+    """Whether a weight that would be transposed lies there as the module has it."""
+    operations = step.converter.operations if step.converter else []
+    return (
+        [type(op) for op in operations] == [Transpose]
+        and operations[0].check_dims
+        and step.outputs.keys() == {step.target}
+        and stored[step.sources[0][1]].meta.shape == step.outputs[step.target].shape
+    )
 
 
 def _meta_of(tensor: Stored) -> Any:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.utils.data import default_collate
 
 from mindspeed_mm import accelerator
-from mindspeed_mm.data.collators import COLLATORS, PackCollator, PaddingCollator
+from mindspeed_mm.data.collators import COLLATORS, OTHER_DATA, PackCollator, PaddingCollator
 from mindspeed_mm.data.conversations import iterate_conversations, read_conversations
 from mindspeed_mm.data.datasets import ConversationDataset
 from mindspeed_mm.data.encoding import ConversationEncoder, EncodingOptions
@@ -191,8 +191,9 @@ def build_mm_dataloader(
 def _collator(dataset: Any, param: Any) -> Any:
     name = param.model_name
     if name is not None and name not in COLLATORS:
+        why = f"this version trains on no {OTHER_DATA[name]}" if name in OTHER_DATA else "it is not known"
         raise UserError(
-            f"data.json: dataloader_param.collate_param.model_name: {name!r} is not available; "
+            f"data.json: dataloader_param.collate_param.model_name: {name!r} is not available, because {why}; "
             f"leave it out or use one of {', '.join(COLLATORS)}.{did_you_mean(name, COLLATORS)}"
         )
     encoder = getattr(dataset, "encoder", None)

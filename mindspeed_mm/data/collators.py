@@ -13,7 +13,18 @@ from mindspeed_mm.data.model_inputs import ModelInputs
 from mindspeed_mm.errors import UserError
 
 # Every family of today pads the same way; the names keep published data.json files valid.
-COLLATORS = ("qwen2vl", "qwen2_5_vl", "qwen3vl", "qwen3_vl", "glm4v", "glm4v_moe", "internvl", "llm", "llm_pretrain")
+COLLATORS = (
+    *("qwen2vl", "qwen2_5_vl", "qwen3vl", "qwen3_vl", "qwen3omni", "glm4v", "glm4v_moe", "internvl", "deepseekvl2"),
+    *("llm", "llm_pretrain"),
+)
+# Published names of what is trained on other data than conversations.
+OTHER_DATA = {
+    "qwen2vl_dpo": "preferences",
+    "videoalign": "preferences",
+    "open_sora_plan": "generation data",
+    "bagel": "generation data",
+    "whisper": "transcripts of an encoder-decoder model",
+}
 
 
 class PaddingCollator:

@@ -66,9 +66,10 @@ def load_video(path: str, where: str, processor: Any, limits: VideoLimits) -> tu
 
 
 def _choose(metadata: Any, processor: Any, where: str, path: str, fps: float) -> list[int]:
-    fps = min(fps, metadata.fps)  # where the formula asks for more frames than there are, it is all of them
     try:
         return np.asarray(processor.sample_frames(metadata=metadata, fps=fps)).tolist()
+    except ValueError:  # a formula that wants more frames than there are
+        return list(range(metadata.total_num_frames))
     except ZeroDivisionError:  # a formula that has rounded the number of frames to 0
         raise BadSample(
             where,

@@ -17,6 +17,7 @@ from mindspeed_mm.distributed import parallel
 from mindspeed_mm.distributed.grad_norm import clip_by_norm, scale_gradients
 from mindspeed_mm.distributed.main_parameters import MainParameters
 from mindspeed_mm.distributed.phases import phase
+from mindspeed_mm.distributed.pipeline_messages import keep_messages_apart
 from mindspeed_mm.engine.base import ForwardStep, Listener, Report, StepResult
 from mindspeed_mm.engine.loss_result import LossResult, at_least_one, one_if_finite, read_forward, read_loss
 from mindspeed_mm.engine.pipeline_reports import share_reports
@@ -142,6 +143,8 @@ class MegatronEngine:
             finalize_model_grads(chunks, None, **groups)  # the division by tokens is ours
 
         chunks: list[Any] = list(self.module)
+        if len(chunks) > 1:
+            keep_messages_apart()
         for chunk in chunks:
             config = chunk.config
             config.finalize_model_grads_func = finalize
@@ -149,10 +152,6 @@ class MegatronEngine:
             if chunk.ddp_config.overlap_grad_reduce:
                 no_sync = [one.no_sync for one in chunks]
                 config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-            if len(chunks) > 1:
-                # In a batch, the two messages between two stages that are each other's next and previous one are
-                # mixed up.
-                config.batch_p2p_comm = False
             if config.overlap_p2p_comm:
                 # Sends that are still running read the memory that this would free.
                 config.deallocate_pipeline_outputs = False

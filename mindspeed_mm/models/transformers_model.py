@@ -20,6 +20,7 @@ from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.common.lookup import lookup
 from mindspeed_mm.models.common.modelzoo import ModelHub
 from mindspeed_mm.models.common.module import MultiModalModule
+from mindspeed_mm.models.common.strict_forward import leave_out_what_it_does_not_take
 from mindspeed_mm.models.transformers.attention import attention_implementation
 from mindspeed_mm.models.transformers.base_model import FSDP2Mixin
 from mindspeed_mm.models.transformers.blank_audio import BlankAudio
@@ -75,6 +76,7 @@ class TransformersModel(MultiModalModule):
         else:
             self.model = _from_pretrained(model_cls, self.hf_path, self.transformer_config, config, options)
         self.model.train()
+        leave_out_what_it_does_not_take(self.model)
         self._loss.attach(self.model)
 
         family = family_of(self.transformer_config)

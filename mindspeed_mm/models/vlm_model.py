@@ -23,6 +23,7 @@ from mindspeed_mm.models.megatron.layout import hf_shapes
 from mindspeed_mm.models.megatron.positions import Positions
 from mindspeed_mm.models.megatron.stages import layers_of_chunks
 from mindspeed_mm.models.megatron.vision import ImageEncoder
+from mindspeed_mm.models.transformers.attention import attention_implementation
 from mindspeed_mm.models.transformers.base_model import FSDP2Mixin
 
 
@@ -81,8 +82,14 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
         deepstack.check_first_chunk(self.blueprint.deepstack, division[0][0])
         layers = division[parallel_state.get_pipeline_model_parallel_rank()][self.vp_stage or 0]
 
-        has_encoder = self.pre_process and self.blueprint.backbone_path != ""
-        self.image_encoder = ImageEncoder(self.blueprint, self.config.params_dtype) if has_encoder else None
+        self.image_encoder = None
+        if self.pre_process and self.blueprint.backbone_path:
+            self.image_encoder = ImageEncoder(
+                self.blueprint,
+                self.config.params_dtype,
+                attention_implementation(config, self.blueprint.config),
+                parallel_state.get_tensor_model_parallel_group() if config.enable_encoder_dp else None,
+            )
         self.text_decoder = TextDecoder(
             self.config, self.blueprint, layers, self.pre_process, self.post_process, self.vp_stage, engine
         )

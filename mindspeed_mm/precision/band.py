@@ -31,8 +31,8 @@ class Gap:
 
     Attributes:
         distance: estimate of ``|A - B|``: whatever differs, rounding included.
-        norm: ``||A| - |B||``, exact. Rounding goes up and down and hardly moves it, so that in 16 bits it shows what is
-            biased long before the distance does.
+        norm: ``||A| - |B||``, exact; 0 where a norm is an estimate. Rounding goes up and down and hardly moves
+            it, so that in 16 bits it shows what is biased long before the distance does.
     """
 
     distance: float = 0.0
@@ -46,9 +46,10 @@ class Gap:
 def gap(a: Sketch, b: Sketch) -> Gap:
     """Return how far two tensors are apart."""
     if a.nonfinite or b.nonfinite:
-        apart = 0.0 if a.nonfinite == b.nonfinite else float("inf")
+        apart = 0.0 if a.nonfinite and b.nonfinite else float("inf")
         return Gap(apart, apart)
-    return Gap(float(np.linalg.norm(a.vector - b.vector)) / SIZE**0.5, abs(a.norm - b.norm))
+    of_norms = 0.0 if a.estimated or b.estimated else abs(a.norm - b.norm)
+    return Gap(float(np.linalg.norm(a.vector - b.vector)) / SIZE**0.5, of_norms)
 
 
 def floor(*dtypes: str) -> float:

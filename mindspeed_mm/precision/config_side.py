@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from mindspeed_mm.errors import UserError, did_you_mean
@@ -124,8 +125,9 @@ def _declared(side: Side, source: Source) -> None:
         base, _, number = name.rpartition(".")
         if name not in known:
             part = number.isdigit() and base in source.values
-            if not part and name not in READ_HERE and source.system not in ("environment", "effective"):
-                side.unknown.setdefault(source.system, []).append(name)
+            if not part and name not in READ_HERE and not _deliberately_left_out(source.system, name):
+                names = side.unknown.setdefault(source.system, [])
+                names += [name] if name not in names else []
             continue
         for key, spelled in known[name]:
             value = _value(key, spelled, raw, source.words)
@@ -136,6 +138,20 @@ def _declared(side: Side, source: Source) -> None:
                 side.settings[key.name] = Setting(value, origin)
             elif value is not None and not equal(key, before.value, value) and before.origin != "effective":
                 side.notes.append(f"{key.name} is {before}, but {shown(value)} by {origin} in {source.place}")
+
+
+def _deliberately_left_out(system: str, name: str) -> bool:
+    """Return whether a name that no table has is none that a user could miss there."""
+    if system in ("environment", "effective"):
+        return True
+    return system == "ours" and (name.startswith(("model.", "data.", "fsdp2.")) or name in _our_flags())
+
+
+@cache
+def _our_flags() -> frozenset[str]:
+    from mindspeed_mm.arguments.groups import FLAGS
+
+    return frozenset(flag.dest for flag in FLAGS.values())
 
 
 def _known_names(system: str) -> Mapping[str, list[tuple[Key, Name]]]:

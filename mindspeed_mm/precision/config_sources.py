@@ -246,13 +246,16 @@ def _our_manifest(path: Path, content: Mapping[str, Any]) -> Iterator[Source]:
         yield Source("effective", str(path), {**settings, **ranks})
     if variables := effective.get("environment"):
         yield Source("environment", str(path), variables, complete=True)
-    if config := effective.get("config"):
+    config = effective.get("config") or {}
+    if "model_type" in config:  # Hugging Face's, not model.json
         yield Source("config", str(path), flatten(config), complete=True)
+    if trainer := start.get("training_arguments"):
+        yield _tidied(Source("hf", str(path), flatten(trainer), complete=True))
     if not arguments:  # another trainer's record
         return
     configs = flatten({name: value for name, value in start.get("configs", {}).items() if name in _OUR_FILES.values()})
     yield Source("ours", str(path), {**_effective_flags(arguments), **configs}, complete=True)
-    if not effective.get("config"):
+    if "model_type" not in config:
         yield from _model_of(path, configs)
 
 

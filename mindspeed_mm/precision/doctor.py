@@ -138,7 +138,7 @@ def _lr0(folders: Folders) -> Stage:
     name, question = "learning rate 0", "Do loss and norms stay together while the weights do not change?"
     if folders.lr0 is None:
         return Stage(name, question, None, why_not="give two runs made with --precision-mode lr0: --lr0 REF CAND")
-    found = compare_lr0(*read_lr0(*folders.lr0))
+    found = compare_lr0(read_lr0(*folders.lr0))
     if found.undecided:
         return Stage(name, question, None, why_not=found.undecided)
     return _stage(name, question, found.findings)

@@ -55,7 +55,7 @@ def _finite(step: StepRecord) -> list[Finding]:
         return []
     ranks = [rank for rank in step.ranks if (s := step.of_rank(rank).get(first)) and s.nonfinite]
     where = f" on rank {', '.join(map(str, ranks))} of {len(step.ranks)}" if len(step.ranks) > 1 else ""
-    text = f"{first.what} has {step.entries[first].nonfinite} rows with NaN or infinity{where}"
+    text = f"{first.what} holds NaN or infinity{where}"
     command = "look at what goes in there: record the step with tensors=" + (first.site or "*")
     return [Finding(first.phase, first.site, step.step, text, command)]
 

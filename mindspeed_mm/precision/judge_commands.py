@@ -95,7 +95,7 @@ def lr0_command(reference: _Reference, candidate: _Candidate, out: _Out = None) 
     """Compare two runs of --precision-mode lr0: rounding averages out over the steps, a bias stays."""
     from mindspeed_mm.precision.lr0 import compare_lr0, read_lr0
 
-    answer(compare_lr0(*read_lr0(reference, candidate)), out)
+    answer(compare_lr0(read_lr0(reference, candidate)), out)
 
 
 @app.command("doctor")

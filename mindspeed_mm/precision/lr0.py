@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.precision.band import gap
 from mindspeed_mm.precision.curves import Curve, align, read_curve
 from mindspeed_mm.precision.finding import Finding, Measurement, Verdict
 from mindspeed_mm.precision.record import Record
@@ -17,6 +18,7 @@ from mindspeed_mm.precision.record import Record
 _SIGMAS = 5.0
 _SMALLEST = {"loss": 1e-7, "grad_norm": 1e-6}
 _PER_STEP = 1e-3
+_GROWTH = 0.8
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,25 @@ class Bias:
         return f"{self.mean:+.3g} of the reference on average over {self.steps} steps, give or take {self.error:.2g}"
 
 
-def compare_lr0(curves: tuple[Curve, Curve] | None, records: tuple[Record, Record] | None) -> Verdict:
-    """Judge two runs made with ``--precision-mode lr0``.
+@dataclass(frozen=True)
+class Runs:
+    """What two runs of ``--precision-mode lr0`` have left; None for what one of them has not.
 
-    Args:
-        curves: of reference and candidate: loss and gradient norm of every step.
-        records: the steps that were recorded, if any: the norm of each module's output is a signed quantity too, and
-            names the first module that is biased.
+    Attributes:
+        curves: loss and gradient norm of every step.
+        records: the steps that were recorded. The norm of a module's output is a signed quantity too, and names the
+            first module that is biased.
+        sums: the gradients of all steps added up.
     """
+
+    curves: tuple[Curve, Curve] | None = None
+    records: tuple[Record, Record] | None = None
+    sums: tuple[Record, Record] | None = None
+
+
+def compare_lr0(runs: Runs) -> Verdict:
+    """Judge two runs made with ``--precision-mode lr0``: the module first, if one is known, then gradients and loss."""
+    curves = runs.curves
     verdict = Verdict("lr0")
     for name in ("loss", "grad_norm") if curves else ():
         assert curves is not None
@@ -74,20 +87,22 @@ def compare_lr0(curves: tuple[Curve, Curve] | None, records: tuple[Record, Recor
             text = f"loss differs by {worst:.3g} at step {step}, allowed {_PER_STEP:g}, with weights that do not change"
             command = f"record step {step} of both runs (--precision-capture steps={step}) and compare"
             verdict.findings.append(Finding("loss", "loss", step, text, command))
-    if records is not None and (found := _biased_module(*records, verdict)):
+    if runs.sums is not None and (found := _growing_sum(*runs.sums, verdict)):
+        verdict.findings.insert(0, found)
+    if runs.records is not None and (found := _biased_module(*runs.records, verdict)):
         verdict.findings.insert(0, found)
     if not verdict.table:
         verdict.undecided = "the runs have no step in common"
     return verdict
 
 
-def read_lr0(reference: Path, candidate: Path) -> tuple[tuple[Curve, Curve] | None, tuple[Record, Record] | None]:
-    """Return the curves and the records of two runs, each pair None where one of the two has none.
+def read_lr0(reference: Path, candidate: Path) -> Runs:
+    """Read what two runs have left, given their ``--save`` folders or those of their records.
 
     Raises:
-        UserError: there is neither.
+        UserError: there is nothing.
     """
-    curves = records = None
+    curves = records = sums = None
     problems = []
     try:
         curves = (read_curve(reference), read_curve(candidate))
@@ -97,9 +112,41 @@ def read_lr0(reference: Path, candidate: Path) -> tuple[tuple[Curve, Curve] | No
         records = (Record.open(reference), Record.open(candidate))
     except UserError as error:
         problems.append(str(error))
-    if len(problems) == 2:
+    places = [
+        next((p for p in (f / "precision" / "lr0", f / "lr0") if p.is_dir()), None) for f in (reference, candidate)
+    ]
+    if places[0] and places[1]:
+        sums = (Record.open(places[0]), Record.open(places[1]))
+    if curves is records is sums is None:
         raise UserError("; ".join(problems))
-    return curves, records
+    return Runs(curves, records, sums)
+
+
+def _growing_sum(reference: Record, candidate: Record, verdict: Verdict) -> Finding | None:
+    """Return the gradient that is most biased, if the sums part faster than rounding lets them."""
+    steps = [step for step in reference.steps if step in candidate.steps]
+    if len(steps) < 2:
+        verdict.notes.append("the sums of the gradients were written once: how they grow takes 200 steps")
+        return None
+    sides = [[record.step(step) for step in steps] for record in (reference, candidate)]
+    counts = [step.scalars["lr0_steps"] for step in sides[0]]
+    keys = [key for key in sides[0][0].entries if all(key in step.entries for side in sides for step in side)]
+    apart = np.array(
+        [[gap(b.entries[key], a.entries[key]).distance for key in keys] for a, b in zip(*sides, strict=True)]
+    )
+    sizes = np.array([sides[0][-1].entries[key].norm for key in keys])
+    first, last = np.linalg.norm(apart[0]), np.linalg.norm(apart[-1])
+    if not last > _SMALLEST["grad_norm"] * np.linalg.norm(sizes):
+        return None
+    power = math.log(last / first) / math.log(counts[-1] / counts[0]) if first > 0 else math.inf
+    row = Measurement(steps[-1], "grad_reduced", "", "growth of the sums' distance", power, _GROWTH)
+    verdict.table.append(row)
+    if power <= _GROWTH:
+        return None
+    worst = keys[int((apart[-1] / np.maximum(sizes, 1e-30)).argmax())]
+    text = f"the sums of the gradients part as the power {power:.2f} of the steps (rounding: 0.5, a bias: 1)"
+    command = f"mindspeed-mm precision compare {reference.folder.parent} {candidate.folder.parent}"
+    return Finding("grad_reduced", worst.site, steps[-1], f"{text}; most of all that of {worst.site}", command)
 
 
 def _biased_module(reference: Record, candidate: Record, verdict: Verdict) -> Finding | None:

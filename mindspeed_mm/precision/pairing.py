@@ -6,12 +6,10 @@ from collections import defaultdict
 from functools import cached_property
 from statistics import median
 
-import numpy as np
-
 from mindspeed_mm.precision.band import SAFETY, Band, Gap, assumed, floor, gap
 from mindspeed_mm.precision.finding import Measurement
 from mindspeed_mm.precision.record import Key, StepRecord
-from mindspeed_mm.precision.sketch import SIZE, Sketch
+from mindspeed_mm.precision.sketch import Sketch
 
 _FLOATS = ("float64", "float32", "bfloat16", "float16", "mixed")
 # A gradient that is zero but for rounding is measured against those around it.
@@ -73,7 +71,7 @@ class Pair:
         note = ""
         if ours.dtype != theirs.dtype and ours.dtype in _FLOATS:
             note = f"computed in {theirs.dtype}, the reference in {ours.dtype}"
-        elif ours.nonfinite != theirs.nonfinite:
+        elif bool(ours.nonfinite) != bool(theirs.nonfinite):
             note = self._whose_nonfinite(key, ours, theirs)
         by_place = "index" in (ours.rows, theirs.rows) or ours.rows != theirs.rows
         found = gap(ours, theirs)
@@ -83,20 +81,18 @@ class Pair:
             note = note or f"shape {_show(theirs.shape)}, in the reference {_show(ours.shape)}"
         elif ours.shape != theirs.shape or (by_place and not self.same_split):
             found = Gap(0.0, found.norm)  # the vectors' signs are those of other places
-        elif key.phase == "grad_local":
-            found = Gap(found.distance, 0.0)  # of a sum over micro-batches only the vector is known
         allowed = self._allowed(key, ours, theirs)
         # Of the two measures the one that is further out speaks.
         apart, limit = found.distance, allowed.distance
         if found.norm * limit > apart * allowed.norm:
             apart, limit = found.norm, allowed.norm
-        scale = max(_norm(key, ours), 1e-30)
+        scale = max(ours.norm, 1e-30)
         return Measurement(self.step, key.phase, key.site, key.what, apart / scale, limit / scale, note)
 
     def _allowed(self, key: Key, ours: Sketch, theirs: Sketch) -> Gap:
         dtypes = (ours.dtype, theirs.dtype) if ours.dtype in _FLOATS else ("float64",)
         lowest = floor(*dtypes)
-        scale = max(_norm(key, ours), self._around(key) * ours.count**0.5)
+        scale = max(ours.norm, self._around(key) * ours.count**0.5)
         spread = None if self.band is None else self.band.spreads.get((self.step, key))
         if key.phase == "weights" and self.first:
             exact = min(lowest, 5e-6) * ours.norm
@@ -148,7 +144,7 @@ class Pair:
         for key, sketch in self.reference.entries.items():
             if key.phase in _GRADIENTS and sketch.count:
                 place = (key.phase, _block(key.site))
-                found[place] = max(found[place], _NEIGHBOURS * _norm(key, sketch) / sketch.count**0.5)
+                found[place] = max(found[place], _NEIGHBOURS * sketch.norm / sketch.count**0.5)
         return found
 
     @cached_property
@@ -156,7 +152,7 @@ class Pair:
         sizes: dict[str, list[float]] = defaultdict(list)
         for key, sketch in self.reference.entries.items():
             if sketch.count and sketch.dtype in _FLOATS and sketch.norm == sketch.norm:
-                sizes[key.phase].append(_norm(key, sketch) / sketch.count**0.5)
+                sizes[key.phase].append(sketch.norm / sketch.count**0.5)
         return {phase: median(found) for phase, found in sizes.items()}
 
     @cached_property
@@ -188,14 +184,9 @@ class Pair:
         return 2 * sum(gaps) * size
 
     def _whose_nonfinite(self, key: Key, ours: Sketch, theirs: Sketch) -> str:
-        text = f"{theirs.nonfinite} rows with NaN or infinity, {ours.nonfinite} in the reference"
+        text = "NaN or infinity, none in the reference" if theirs.nonfinite else "NaN or infinity in the reference only"
         ranks = [r for r in self.candidate.ranks if (s := self.candidate.of_rank(r).get(key)) and s.nonfinite]
         return text + (f", on rank {', '.join(map(str, ranks))}" if ranks and len(self.candidate.ranks) > 1 else "")
-
-
-def _norm(key: Key, sketch: Sketch) -> float:
-    """Return the norm of a tensor, by its vector where parts have been added to each other and not put together."""
-    return float(np.linalg.norm(sketch.vector)) / SIZE**0.5 if key.phase == "grad_local" else sketch.norm
 
 
 def _block(parameter: str) -> str:

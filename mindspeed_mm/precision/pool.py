@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from mindspeed_mm.precision.digest import digest, unnoticed
@@ -62,9 +63,10 @@ class StepPool:
         """Add a parameter, or what belongs to one; ``summed``: what ranks hold adds up."""
         with unnoticed(value.device):
             placed = place(value)
-            made = self._remember(
-                placed.local, (tuple(placed.offset or ()),), None, lambda: _of_parameter(placed, value)
-            )
+            make = lambda: _of_parameter(placed, value)  # noqa: E731
+            # Adding to a DTensor in place leaves the version of its local tensor as it was.
+            is_fresh = isinstance(value, DTensor)
+            made = make() if is_fresh else self._remember(placed.local, (tuple(placed.offset or ()),), None, make)
         is_copy = self._is_copy(placed) if summed else placed.copy
         self._append(key, made, copy=is_copy, summed=summed or placed.partial, estimated=placed.partial)
 

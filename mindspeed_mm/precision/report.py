@@ -187,9 +187,15 @@ class Node:
 
 
 def module_tree(tree: Mapping[str, str], first: Finding | None, table: Iterable[Measurement]) -> Node | None:
-    """Return the modules as a tree, marked by what was measured; the way to the first that differs is open."""
+    """Return the modules as a tree, marked by what was measured; the way to the first that differs is open.
+
+    The marks are about the phase and step of the first finding: what came before it agrees there.
+    """
     if not tree:
         return None
+    table = list(table)
+    if first is not None:
+        table = [row for row in table if (row.step, row.phase) == (first.step, first.phase)] or table
     worst: dict[str, float] = {}
     bad: set[str] = set()
     for row in table:

@@ -10,12 +10,14 @@ from typing import Any
 from torch import nn
 
 from mindspeed_mm import accelerator
+from mindspeed_mm.checkpoint.hf_boxes import load_hf_boxes
 from mindspeed_mm.distributed import state
 from mindspeed_mm.distributed.frozen import freeze
 from mindspeed_mm.distributed.fsdp2 import ShardPlan, prepare_model
 from mindspeed_mm.distributed.meta import materialize, meta_init, module_init
 from mindspeed_mm.engine.fsdp2 import FSDP2Engine
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.common.strict_forward import leave_out_what_it_does_not_take
 from mindspeed_mm.models.lora import LoraSettings, add_adapters, initialize_adapters
 from mindspeed_mm.models.transformers.families import family_of
 from mindspeed_mm.models.transformers.freeze import frozen_line
@@ -50,11 +52,13 @@ def build_model(args: Namespace, provider: Callable[..., Any]) -> tuple[nn.Modul
     """
     with meta_init() if args.init_model_with_meta_device else nullcontext():
         model = call_model_provider(provider)
+        leave_out_what_it_does_not_take(model)
         if args.mm_model:
             freeze(hf_model(model), args.mm.model.get("freeze", []))
         if line := frozen_line(hf_model(model)):
             state.print_rank_0(line)
         lora = _add_adapters(args, model)
+    _fill_megatron_layers(args, model)
     param_dtype = None if args.params_dtype_name == "fp32" else args.params_dtype_name
     plan = prepare_model(model, state.data_parallel_group(), args.fsdp2_config_path, param_dtype=param_dtype)
     for line in plan.lines():
@@ -75,6 +79,20 @@ def build_model(args: Namespace, provider: Callable[..., Any]) -> tuple[nn.Modul
     if lora:
         initialize_adapters(hf_model(model), args.seed)
     return model, plan
+
+
+def _fill_megatron_layers(args: Namespace, model: Any) -> None:
+    """Read a ``VLMModel``'s Hugging Face weights, while its parameters still are in one piece."""
+    if not hasattr(model, "blueprint"):
+        return
+    if args.init_model_with_meta_device:
+        raise UserError(f"--init-model-with-meta-device: {type(model).__name__} is built with its weights; remove it.")
+    if model.weights_source and not args.load:
+        from mindspeed_mm.models.megatron.layout import boxes
+
+        state.print_rank_0(f" loading weights from {model.weights_source}")
+        load_hf_boxes(model.blueprint.model, model.weights_source, boxes(model), strict=args.load_strict)
+    model.weights_source = None  # there is nothing left to read from it
 
 
 def _add_adapters(args: Namespace, model: nn.Module) -> bool:

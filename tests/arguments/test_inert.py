@@ -72,7 +72,7 @@ def test_every_other_flag_is_read_somewhere() -> None:
         if "getattr(args, " in source:  # there the name is a string, perhaps from a table
             read |= set(re.findall(r"""["'](\w+)["']""", source))
     promised = {flag.dest for flag in FLAGS.values() if _takes_effect(flag)}
-    assert promised <= read, f"accepted on the FSDP2 road but never read: {sorted(promised - read)}"
+    assert promised <= read, f"accepted but never read: {sorted(promised - read)}"
 
 
 def _takes_effect(flag: Flag) -> bool:

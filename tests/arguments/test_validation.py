@@ -117,7 +117,43 @@ def test_megatron_sizes_divide_the_job() -> None:
     assert "--tensor-model-parallel-size 2 = 2 does not divide the 3 ranks" in message
     message = problem(*MEGATRON, "--expert-model-parallel-size", "3", world_size=4)
     assert "--expert-model-parallel-size 3 x 1 ranks for each expert" in message
-    assert "does not divide the 4 ranks of a pipeline stage: 4 data-parallel x 1" in message
+    assert "does not divide the 4 ranks of a pipeline stage: 4 data-parallel x 1 context-parallel x 1 tens" in message
+
+
+@pytest.mark.parametrize(
+    ("argv", "shown", "fix"),
+    [
+        ("--fp16", "--fp16: there is no loss scaling", "use --bf16"),
+        ("--optimizer muon", "--optimizer muon", "use adam"),
+        ("--eval-generate 3", "--eval-generate 3", "--export-hf"),
+        ("--hetero-parallel", "--hetero-parallel", "remove it"),
+        ("--sequence-parallel", "--tensor-model-parallel-size, which is 1", "raise that"),
+        ("--virtual-pipeline-model-parallel-size 2", "there is one stage", "raise --pipeline-model-parallel-size"),
+        ("--virtual-pipeline-model-parallel-size 1 --pipeline-model-parallel-size 2", "one chunk", "use 2 or more"),
+        (
+            "--virtual-pipeline-model-parallel-size 2 --pipeline-model-parallel-size 2 --global-batch-size 3",
+            "the 3 micro-batches of a step are not a multiple of --pipeline-model-parallel-size 2",
+            "a multiple of 2",
+        ),
+        (
+            "--virtual-pipeline-model-parallel-size 2 --pipeline-model-parallel-size 2 --eval-iters -1",
+            "--eval-iters -1",
+            "give the number of global batches",
+        ),
+        ("--overlap-p2p-communication", "--virtual-pipeline-model-parallel-size", "add it"),
+        ("--overlap-param-gather", "--use-distributed-optimizer and --overlap-grad-reduce", "add them"),
+        ("--recompute-granularity full", "--recompute-method uniform or block", "add it"),
+        ("--recompute-granularity full --recompute-method block", "needs --recompute-num-layers", "add it"),
+        ("--recompute-num-layers 2", "is for --recompute-granularity full", "add that"),
+        ("--recompute-skip-core-attention", "megatron-core has no such thing", "use --recompute-granularity"),
+        ("--moe-token-dispatcher-type alltoall_seq", "needs MindSpeed", "use alltoall or allgather"),
+    ],
+)
+def test_combinations_that_megatron_refuses(argv: str, shown: str, fix: str) -> None:
+    message = problem(*MEGATRON, *argv.split(), world_size=2)
+    assert message.startswith("command line: ")
+    assert shown in message
+    assert fix in message
 
 
 def test_decay_lasts_as_long_as_training() -> None:
@@ -159,4 +195,3 @@ def test_tied_models_and_types() -> None:
     args = validated(*FSDP2)
     assert (args.params_dtype_name, args.untie_embeddings_and_output_weights) == ("fp32", False)
     assert validated(*FSDP2, "--bf16").params_dtype_name == "bf16"
-    assert problem(*MEGATRON, "--fp16") == "command line: --fp16: there is no loss scaling; use --bf16"

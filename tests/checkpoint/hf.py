@@ -98,24 +98,32 @@ def import_and_export(source: Path, target: Path, cases: list[tuple[str, bool]])
     return results if dist.get_rank() == 0 else []
 
 
+def imported(folder: Path, family: str) -> dict[str, torch.Tensor]:
+    """Return the full tensors of a sharded model that a folder was read into."""
+    model = sharded_from_meta(family, False)
+    load_hf_weights(model, folder)
+    return tensors_of(model)
+
+
 def elements_read(folder: Path, family: str) -> tuple[int, int]:
     """Return how many elements this rank read, and how many it keeps."""
     model = sharded_from_meta(family, False)
     count = 0
-    read = FileTensor.read
+    read = FileTensor._read
 
-    def counting(self: FileTensor, block: tuple[slice, ...] = ()) -> torch.Tensor:
+    def counting(self: FileTensor, *where: Any) -> torch.Tensor:
         nonlocal count
-        tensor = read(self, block)
+        tensor = read(self, *where)
         count += tensor.numel()
         return tensor
 
-    FileTensor.read = counting  # type: ignore[method-assign]
+    FileTensor._read = counting  # type: ignore[method-assign]
     try:
         load_hf_weights(model, folder)
     finally:
-        FileTensor.read = read  # type: ignore[method-assign]
-    return count, sum(p.to_local().numel() for p in model.parameters())
+        FileTensor._read = read  # type: ignore[method-assign]
+    kept = [t.to_local() if isinstance(t, DTensor) else t for t in model.state_dict().values()]
+    return count, sum(tensor.numel() for tensor in kept)
 
 
 def failing_export(folder: Path, family: str) -> str:

@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from mindspeed_mm.checkpoint.hf_export import export_hf
+from mindspeed_mm.checkpoint.hf_folder import FileTensor, open_weights
 from mindspeed_mm.checkpoint.hf_import import load_hf_weights
 from mindspeed_mm.errors import UserError
 from tests.checkpoint import hf
@@ -53,18 +54,62 @@ def test_in_and_out_on_two_ranks_from_meta(tmp_path: Path, ranks2: RankPool) -> 
         assert len(list(folder.glob("*.safetensors"))) > 1 and not list(folder.glob("*.tmp"))
 
 
-def test_a_rank_reads_only_its_share(tmp_path: Path, ranks2: RankPool) -> None:
-    hf.write_folder(tmp_path, "qwen2_5_vl", False)
-    for read, kept in ranks2.run(hf.elements_read, tmp_path, "qwen2_5_vl"):
+@pytest.mark.parametrize("layout", ["qwen2_5_vl", "glm4v_moe", "qwen3_vl_moe", "qwen3_vl_moe on the hub"])
+def test_a_rank_reads_only_its_share(layout: str, tmp_path: Path, ranks2: RankPool) -> None:
+    """Fused, transposed and stacked experts too."""
+    family = layout.split()[0]
+    hf.write_folder(tmp_path, family, False)
+    if layout.endswith("hub"):
+        transpose_experts(tmp_path)
+    for read, kept in ranks2.run(hf.elements_read, tmp_path, family):
         assert read == kept
 
 
-def test_hub_layout_of_qwen3_vl_moe_experts(tmp_path: Path) -> None:
-    expected = hf.write_folder(tmp_path, "qwen3_vl_moe", False)
-    weights = load_file(tmp_path / "model.safetensors")
+def test_a_weight_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = hf.write_folder(tmp_path, "qwen2_5_vl", True)
+    monkeypatch.setattr("mindspeed_mm.checkpoint.hf_folder._PIECE", 4 * 1000)
+    model = fresh("qwen2_5_vl", True)
+    sizes: list[int] = []
+    read = FileTensor._read
+    monkeypatch.setattr(FileTensor, "_read", lambda self, *where: sizes.append((t := read(self, *where)).numel()) or t)
+    load_hf_weights(model, tmp_path)
+    assert max(sizes) <= 1000 < max(tensor.numel() for tensor in expected.values()) and len(sizes) > len(expected)
+    assert not hf.differing(expected, hf.tensors_of(model))
+
+
+def test_blocks_of_a_file_are_those_of_the_tensor(tmp_path: Path) -> None:
+    tensors = {
+        "scalar": torch.tensor(3.0),
+        "empty": torch.zeros(0, 3),
+        "brain": torch.randn(7, 5, 3).bfloat16(),
+        "wide": torch.randn(6, 4, dtype=torch.float64),
+        "flags": torch.rand(9) > 0.5,
+    }
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with open_weights(tmp_path) as stored:
+        assert stored.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(stored[name].read(), tensor), name
+            assert (stored[name].meta.shape, stored[name].meta.dtype) == (tensor.shape, tensor.dtype)
+        some, cut, none, one = (slice(2, 6),), (slice(1, 4), slice(2, 5)), (slice(3, 3),), (slice(6, 7), slice(0, 5))
+        for block in (some, cut, none, one):
+            assert torch.equal(stored["brain"].read(block), tensors["brain"][block]), block
+        assert torch.equal(stored["wide"].read((slice(0, 6), slice(1, 2))), tensors["wide"][:, 1:2])
+
+
+def transpose_experts(folder: Path) -> None:
+    """Give a Qwen3-VL-MoE folder the layout that the hub has."""
+    weights = load_file(folder / "model.safetensors")
     hub = {k: v.transpose(1, 2).contiguous() if ".experts." in k else v for k, v in weights.items()}
     assert any(hub[k].shape != v.shape for k, v in weights.items())
-    save_file(hub, tmp_path / "model.safetensors")
+    save_file(hub, folder / "model.safetensors")
+
+
+def test_hub_layout_of_qwen3_vl_moe_experts(tmp_path: Path, ranks2: RankPool) -> None:
+    expected = hf.write_folder(tmp_path, "qwen3_vl_moe", False)
+    transpose_experts(tmp_path)
+    for tensors in ranks2.run(hf.imported, tmp_path, "qwen3_vl_moe"):
+        assert not hf.differing(expected, tensors)
     model = fresh("qwen3_vl_moe")
     load_hf_weights(model, tmp_path)
     assert not hf.differing(expected, hf.tensors_of(model))

@@ -188,7 +188,11 @@ def test_keys_that_would_change_the_samples_are_refused(section, values, problem
         ({"group_frame": True}, r"group_frame: True is not available"),
         (
             {"collate_param": {"model_name": "qwen3v"}},
-            r"model_name: 'qwen3v' is not available; .*Did you mean 'qwen3vl'",
+            r"model_name: 'qwen3v' is not available, because it is not known; .*Did you mean 'qwen3vl'",
+        ),
+        (
+            {"collate_param": {"model_name": "qwen2vl_dpo"}},
+            r"model_name: 'qwen2vl_dpo' is not available, because this version trains on no preferences; leave it out",
         ),
         ({"batch_size": 9}, r"has 8 samples, fewer than one micro batch of all ranks \(9 x 1\); lower --micro-batch"),
         ({"shufle": True}, r"shufle: unknown key.* Did you mean 'shuffle'"),

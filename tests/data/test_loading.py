@@ -176,6 +176,19 @@ def test_sampler_names(dataset_param):
         assert order(**values, shuffle=True) != in_order == order(**values, shuffle=False)
 
 
+@pytest.mark.parametrize(
+    "name", ["qwen2vl", "qwen3vl", "glm4v_moe", "internvl", "deepseekvl2", "qwen3omni", "llm_pretrain"]
+)
+def test_the_published_names_of_collators_pad_alike(name, dataset_param):
+    dataset = build_mm_dataset(dataset_param())
+    named, plain = (
+        next(iter(build_mm_dataloader(dataset, {"batch_size": 2, "shuffle": False, "collate_param": param})))
+        for param in ({"model_name": name, "pad_id": 5, "ignore_pad_token_for_loss": False}, {"pad_id": 5})
+    )
+    ignored = plain["labels"].masked_fill(plain["attention_mask"] == 0, 5)
+    assert equal({**plain, "labels": ignored}, named)
+
+
 def test_a_data_set_of_the_user(dataset_param):
     loader = build_mm_dataloader(
         TensorDataset(torch.arange(8)), {"batch_size": 4, "shuffle": False}, consumed_samples=4

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,13 +17,6 @@ from mindspeed_mm.errors import UserError
 from tests.ranks import RankPool
 
 SCALE, SIZE = 0.3, 8
-
-
-@pytest.fixture(scope="module")
-def ranks4() -> Iterator[RankPool]:
-    pool = RankPool(4)
-    yield pool
-    pool.stop()
 
 
 def by_hand(query: Tensor, key: Tensor, value: Tensor, owner: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ TWO_RANKS = {
     "TP2": Case({"tensor": 2}),
     "TP2+SP": Case({"tensor": 2}, {"sequence_parallel": True}, form="per_token"),
     "PP2": Case({"pipeline": 2}, {"variable_seq_lengths": True}, form="triple"),
-    "VPP": Case({"pipeline": 2, "virtual": 2}, tied=True),
+    "VPP": Case({"pipeline": 2, "virtual": 2}, {"batch_p2p_comm": True}, tied=True),
     # Sends that still run read what the schedule would free: silently wrong, unless the engine forbids that.
     "VPP, overlap": Case(
         {"pipeline": 2, "virtual": 2},

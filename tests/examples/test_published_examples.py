@@ -20,14 +20,16 @@ from mindspeed_mm.configs.model import ModelConfig
 ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = {"examples/qwen3vl": "qwen3_vl", "examples/internvl3.5": "internvl"}
 SCRIPTS = [*FAMILIES, "examples/quickstart"]
-FOLDERS = [*SCRIPTS, *(f"{folder}/tiny" for folder in FAMILIES)]
+MEGATRON = ["examples/qwen2.5vl", "examples/qwen3vl_moe", "examples/internvl3"]
+FOLDERS = [*SCRIPTS, *MEGATRON, *(f"{folder}/tiny" for folder in [*FAMILIES, *MEGATRON])]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_config_files_load(folder: str) -> None:
     load_config(DataConfig, ROOT / folder / "data.json")
     load_config(ModelConfig, ROOT / folder / "model.json")
-    load_fsdp2_config(ROOT / folder / "fsdp2_config.yaml")
+    if folder.removesuffix("/tiny") not in MEGATRON:
+        load_fsdp2_config(ROOT / folder / "fsdp2_config.yaml")
 
 
 def launch(folder: str, environment: dict[str, str], *flags: str, timeout: float = 60.0) -> str:
@@ -70,6 +72,18 @@ def test_script_hands_torchrun_a_valid_command(folder: str, tmp_path: Path) -> N
     assert Path(ROOT / args.fsdp2_config_path).is_file()
 
 
+@pytest.mark.parametrize("folder", MEGATRON)
+def test_megatron_script_hands_torchrun_a_valid_command(folder: str, tmp_path: Path) -> None:
+    command = command_of(folder, tmp_path, "--train-iters", "7", LOAD_PATH="somewhere")
+    split = command.index("pretrain_vlm.py")
+    launch_flags, flags = command[:split], command[split + 1 :]
+    sizes = [int(launch_flags[launch_flags.index(f"--{name}") + 1]) for name in ("nproc_per_node", "nnodes")]
+    args = parse_args(mm_extra_args_provider, argv=flags)
+    validate_args(args, world_size=sizes[0] * sizes[1])
+    assert (args.train_iters, args.load, args.use_torch_fsdp2, args.bf16) == (7, "somewhere", False, True)
+    assert args.data_parallel_size * args.tensor_model_parallel_size * args.pipeline_model_parallel_size > 1
+
+
 def test_quickstart_passes_only_flags_that_count(tmp_path: Path) -> None:
     command = command_of("examples/quickstart", tmp_path)
     args = parse_args(mm_extra_args_provider, argv=command[command.index("pretrain_transformers.py") + 1 :])
@@ -106,3 +120,32 @@ def test_tiny_variant_trains_through_the_published_script(folder: str, tmp_path:
     assert metrics[-1]["loss"] < metrics[0]["loss"]
     assert (tmp_path / "ckpt" / "latest_checkpointed_iteration.txt").read_text().strip() == "4"
     assert "iteration        4/       4 | consumed samples:            8" in output
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("folder", "layout"),
+    [
+        ("examples/qwen3vl_moe", {}),
+        pytest.param("examples/qwen2.5vl", {}, marks=pytest.mark.slow),
+        pytest.param(
+            "examples/qwen2.5vl", {"TP": "1", "CP": "2", "CP_ALGO": "ulysses_cp_algo"}, marks=pytest.mark.slow
+        ),
+        pytest.param("examples/internvl3", {}, marks=pytest.mark.slow),
+        pytest.param("examples/internvl3", {"TP": "1", "PP": "2"}, marks=pytest.mark.slow),
+    ],
+)
+def test_megatron_example_trains_a_tiny_model(folder: str, layout: dict[str, str], tmp_path: Path) -> None:
+    from tests.ranks import free_port
+
+    environment = {
+        "CONFIG_DIR": str(tmp_path),
+        "MASTER_PORT": str(free_port()),
+        "TRAIN_ITERS": "6",
+        "PYTHONPATH": str(ROOT),
+    }
+    launch(folder, {**environment, **layout}, "--tiny", timeout=280.0)
+    rows = [json.loads(line) for line in (tmp_path / "ckpt" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
+    assert (tmp_path / "ckpt" / "latest_checkpointed_iteration.txt").read_text().strip() == "6"

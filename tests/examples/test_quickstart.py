@@ -80,3 +80,11 @@ def test_a_loss_or_a_weight_that_changed_is_seen(
     else:
         with pytest.raises(SystemExit, match=message):
             run.compare()
+
+
+def test_the_share_of_waiting_leaves_out_the_first_step(tmp_path: Path) -> None:
+    rows = [{"iteration": i, "loss": 1.0, "step_time": t, "data_wait_time": w}
+            for i, t, w in ((1, 9.0, 8.0), (2, 0.5, 0.01), (3, 1.5, 0.03))]  # fmt: skip
+    lines = [*map(json.dumps, rows), json.dumps({"iteration": 3, "validation loss": 1.0}), '{"iteration": 4, "lo']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert load_script("run").data_wait(tmp_path) == pytest.approx(0.02)

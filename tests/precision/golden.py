@@ -77,6 +77,7 @@ _HF = {
     "optim": "adamw_torch",
     "max_length": 4096,
     "dataloader_num_workers": 1,
+    "train_sampling_strategy": "sequential",
 }
 
 _DEEPSPEED = {
@@ -232,6 +233,7 @@ CHANGES: dict[str, list[_Change]] = {
         ({"sequence_length"}, "training_args.json", '"max_length": 4096', '"max_length": 2048'),
         ({"optimizer"}, "training_args.json", '"adamw_torch"', '"adafactor"'),
         ({"seed"}, "training_args.json", ', "seed": 1234', ""),
+        ({"shuffled"}, "training_args.json", ', "train_sampling_strategy": "sequential"', ""),
     ],
     "deepspeed": [
         *_IN_CONFIG,

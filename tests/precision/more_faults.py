@@ -67,15 +67,11 @@ def linear_without_bias_gradient(model: Any) -> None:
 
 
 def positions_without_images(model: Any) -> None:
-    inner = model.model
-    wrap = inner.compute_3d_position_ids if hasattr(inner, "compute_3d_position_ids") else None
-    assert wrap is not None
+    def around(forward: Any, *args: Any, position_ids: Tensor, **kwargs: Any) -> Any:
+        plain = torch.arange(position_ids.shape[-1]).expand_as(position_ids)
+        return forward(*args, position_ids=plain, **kwargs)
 
-    def plain(*args: Any, **kwargs: Any) -> Tensor:
-        positions = wrap(*args, **kwargs)
-        return torch.arange(positions.shape[-1]).expand_as(positions)
-
-    inner.compute_3d_position_ids = plain
+    wrap_forward(model.model.language_model, around)
 
 
 def freeze_vision(job: Job) -> None:
@@ -219,7 +215,7 @@ MORE: dict[str, Fault] = {
         "grad_local", rf"{LAYERS}\.1\.self_attn\.v_proj\.bias", model=linear_without_bias_gradient
     ),
     "G11 positions without images": Fault(
-        "forward", r"model|model\.language_model|model\.language_model\.rotary_emb", model=positions_without_images
+        "forward", r"model\.language_model(\.rotary_emb)?", model=positions_without_images
     ),
     "G12 vision frozen": Fault("grad_local|backward", r"model\.visual.*", job=freeze_vision),
     "G13 duplicated sample": Fault("data", "samples", step=1, job=duplicated_sample),
@@ -233,8 +229,8 @@ MORE: dict[str, Fault] = {
     "G19 L2 decay": Fault("optimizer", "exp_avg.*", program=l2_decay, evidence="decay"),
     "G20 eps inside the root": Fault("optimizer", "update.*", program=eps_inside, evidence="eps"),
     "G21 no bias correction": Fault("optimizer", "update.*", program=no_bias_correction, evidence="bias correction"),
-    "G22 warm-up": Fault("optimizer", ".*", job=flags(lr_warmup_iters=2), evidence="lr"),
-    "G23 cosine": Fault("optimizer", ".*", step=1, job=flags(lr_decay_style="cosine"), evidence="lr"),
+    "G22 warm-up": Fault("optimizer", ".*", job=flags(lr_warmup_iters=2), evidence="learning rate"),
+    "G23 cosine": Fault("optimizer", ".*", step=1, job=flags(lr_decay_style="cosine"), evidence="learning rate"),
     "G24 lr by 1 %": Fault("optimizer", "update.*", job=flags(lr="1.01e-2"), evidence="learning rate"),
     "G25 eps of Adam": Fault("optimizer", "update.*", job=flags(adam_eps="1e-6"), evidence="eps"),
     "G26 gradients reduced in bf16": Fault("grad_reduced", "", job=reduce_in_bf16, ranks=2),

@@ -107,12 +107,6 @@ def check(reference: Any, pool: RankPool, folder: Path, seed: int, dtype: str, *
     assert verdict.exit_code == 0
 
 
-@pytest.mark.ranks
-@pytest.mark.parametrize("name", ["c eager attention", "j activation checkpointing"])
-def test_some_controls(name: str, reference: Any, ranks1: RankPool, tmp_path: Path) -> None:
-    check(reference, ranks1, tmp_path, 0, "fp32", **CONTROLS[name])
-
-
 @pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize("seed", SEEDS)

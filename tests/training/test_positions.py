@@ -13,6 +13,7 @@ import torch
 from tests.ranks import RankPool
 from tests.training.job import SCRIPTS, Job, launch, run_here
 from tests.training.test_resume import losses, tensors
+from tests.training.test_transformers_road import run as train
 
 STEPS, GLOBAL = 6, 8
 
@@ -66,14 +67,6 @@ def test_a_two_epoch_run_of_two_ranks_is_resumed_from_each_save_on_one(
     resume_from_every_save(numbers, ranks2, [ranks1], tmp_path)
 
 
-@pytest.fixture
-def ranks4() -> RankPool:
-    """Four real gloo ranks."""
-    pool = RankPool(4)
-    yield pool
-    pool.stop()
-
-
 @pytest.mark.slow
 def test_a_two_epoch_run_of_two_ranks_is_resumed_from_each_save_on_two_and_four(
     numbers: Job, ranks2: RankPool, ranks4: RankPool, tmp_path: Path
@@ -109,17 +102,22 @@ def test_four_ranks_whose_iterators_end_at_different_steps_end_with_the_reason(n
     assert time.monotonic() - start < 90
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["streamed", "mixed"])
-def test_a_run_from_data_json_is_resumed_bit_for_bit(kind: str, job: Job, ranks2: RankPool, tmp_path: Path) -> None:
+def from_data_json(job: Job, kind: str) -> None:
+    """Let the job stream its rows, or mix two parts of them."""
     basic = job.data["dataset_param"]["basic_parameters"]
     if kind == "streamed":
         basic["streaming"] = True
     else:
-        source = {"dataset": basic.pop("dataset"), "dataset_dir": str(tmp_path), "max_samples": 5, "weight": 1}
+        source = {"dataset": basic.pop("dataset"), "dataset_dir": str(job.folder), "max_samples": 5, "weight": 1}
         basic["mixture"] = [source, {**source, "max_samples": 3, "weight": 2}]
     job.data["dataloader_param"] |= {"shuffle": True, "drop_last": False}
     job.flags |= {"num-workers": 1, "train-iters": 8, "lr-decay-iters": 8}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["streamed", "mixed"])
+def test_a_run_from_data_json_is_resumed_bit_for_bit(kind: str, job: Job, ranks2: RankPool, tmp_path: Path) -> None:
+    from_data_json(job, kind)
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     for flags in (
         {"save": straight, "save-interval": 5},  # the epoch has eight samples: it ends in the middle of a step
@@ -133,3 +131,23 @@ def test_a_run_from_data_json_is_resumed_bit_for_bit(kind: str, job: Job, ranks2
     expected, actual = (tensors(folder / "iter_0000008") for folder in (straight, resumed))
     assert {step: losses(straight)[step] for step in (6, 7, 8)} == losses(resumed)
     assert not [key for key, value in expected.items() if not torch.equal(value, actual[key])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["streamed", "mixed"])
+def test_a_run_from_data_json_goes_on_at_another_world_size(
+    kind: str, job: Job, ranks1: RankPool, ranks2: RankPool, tmp_path: Path
+) -> None:
+    from_data_json(job, kind)
+    job.flags |= {"calculate-per-token-loss": True, "global-batch-size": 6, "train-iters": 5, "lr-decay-iters": 5}
+    for number, row in enumerate(job.rows):  # so that another sample is another loss
+        row["messages"][1]["content"] += " Surely." * number
+    train(ranks2, job, save=tmp_path / "straight")
+    expected = losses(tmp_path / "straight")
+    for first, second in ((ranks2, ranks1), (ranks1, ranks2)):
+        folder = tmp_path / f"from{first.world_size}"
+        train(first, job, save=folder, train_iters=3)
+        train(second, job, save=folder, load=folder)
+        assert list(losses(folder)) == list(expected) == [1, 2, 3, 4, 5]
+        for step, values in expected.items():
+            assert losses(folder)[step] == pytest.approx(values, rel=1e-5), (first.world_size, step)

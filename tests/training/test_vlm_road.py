@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +99,75 @@ def test_a_checkpoint_resumes_in_another_layout_and_on_the_other_road(
     vlm.flags |= {"save": tmp_path / "third", "load": tmp_path / "first", "train-iters": 6, "lr-decay-iters": 6}
     assert not any(o.code for o in ranks2.run(run_here, vlm.command(), vlm.folder, timeout=240))
     close(tmp_path / "third", tmp_path / "straight", range(4, 7))
+
+
+def test_the_documented_yaml_shards_this_model_too(vlm: Job, ranks2: RankPool, tmp_path: Path) -> None:
+    vlm.flags |= {"train-iters": 3, "lr-decay-iters": 3}
+    train(ranks2, vlm, save=tmp_path / "megatron", **TP)
+    vlm.script = ROOT / "pretrain_vlm.py"
+    vlm.flags["save"] = tmp_path / "fsdp2"
+    vlm.yaml = {
+        "sharding_size": "auto",
+        "sub_modules_to_wrap": [
+            "text_decoder.decoder.layers.{*}",
+            "text_decoder.embedding",
+            "text_decoder.output_layer",
+        ],
+    }
+    assert not any(o.code for o in ranks2.run(run_here, vlm.command(), vlm.folder, timeout=240))
+    close(tmp_path / "fsdp2", tmp_path / "megatron", range(1, 4))
+
+
+def test_evaluation_saving_beside_and_export(vlm: Job, ranks2: RankPool, tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    vlm.data["dataset_param"]["basic_parameters"]["val_rate"] = 0.25
+    vlm.flags |= {"train-iters": 4, "eval-iters": 2, "eval-interval": 2, "save-interval": 2, "async-save": True}
+    train(ranks2, vlm, save=tmp_path / "tp", export_hf=tmp_path / "hf", **TP)
+    train(ranks2, vlm, save=tmp_path / "pp", keep_best=1, **PP)
+    rows = [validation(tmp_path / name) for name in ("tp", "pp")]
+    assert [sorted(one) for one in rows] == [[2, 4], [2, 4]]
+    assert all(abs(rows[0][step] - rows[1][step]) <= 1e-5 * rows[0][step] for step in (2, 4))
+    assert (tmp_path / "pp" / "iter_0000004" / "manifest.json").is_file()
+    exported = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf").state_dict()
+    saved = tensors(tmp_path / "tp" / "iter_0000004")
+    assert not [n for n, value in exported.items() if not torch.equal(value, saved[f"model.model.{n}"])]
+
+
+def validation(folder: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["iteration"]: row["validation loss"] for row in rows if "validation loss" in row}
+
+
+def test_a_layout_that_does_not_fit_is_refused_before_ranks_meet(vlm: Job) -> None:
+    outcome = last_rank_alone(on_megatron(vlm, tensor_model_parallel_size=3, global_batch_size=8), vlm.folder, 3)
+    assert outcome.startswith("error")
+    assert "--tensor-model-parallel-size 3 does not divide the 4 attention heads (num_attention_heads)" in outcome
+
+
+def last_rank_alone(command: list[str], folder: Path, world_size: int) -> str:
+    """Run the last rank of a job whose other ranks never start; return its message."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": str(world_size), "RANK": str(world_size - 1)}
+    process = subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    return process.stderr[process.stderr.index("error") :]
+
+
+def test_a_loss_that_is_not_finite_is_skipped_on_all_stages(vlm: Job, ranks2: RankPool, tmp_path: Path) -> None:
+    script = (ROOT / "pretrain_vlm.py").read_text(encoding="utf-8")
+    bad = "if args.iteration == 1:\n        loss = loss * float('nan')\n    report ="
+    vlm.use_script(script.replace("report =", bad, 1), "pretrain_vlm.py")
+    vlm.flags |= {"train-iters": 3, "nan-policy": "skip", "use-torch-fsdp2": None, "fsdp2-config-path": None}
+    vlm.flags |= {"ckpt-format": "torch_dist", "save": tmp_path / "out", "pipeline-model-parallel-size": 2}
+    outcomes = ranks2.run(run_here, vlm.command(), vlm.folder, timeout=240)
+    assert not any(outcome.code for outcome in outcomes), outcomes
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["skipped"] for row in rows] == [False, True, False]
+    assert math.isnan(rows[1]["grad_norm"]) and math.isfinite(rows[2]["loss"])

@@ -122,10 +122,10 @@ MOE = Group(
         Flag(
             "--moe-token-dispatcher-type",
             one_of("allgather", "alltoall", "flex", "alltoall_seq", "alltoall_mc2"),
-            "alltoall",
-            "how tokens reach the experts; megatron-core has allgather and alltoall",
+            "allgather",
+            "how tokens reach the experts: allgather or alltoall, which is also taken where nothing is passed",
             fsdp2=_CODE,
-            megatron=Refused("it needs MindSpeed or DeepEP; use alltoall or allgather", ("allgather",)),
+            megatron=Refused("it needs MindSpeed or DeepEP; use alltoall or allgather", ("alltoall",)),
         ),
         Flag("--moe-permute-fusion", SWITCH, False, "fused permute and unpermute", fsdp2=_CODE),
         Flag("--moe-grouped-gemm", SWITCH, False, "all local experts in one matrix product", fsdp2=_CODE),

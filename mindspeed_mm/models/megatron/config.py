@@ -13,12 +13,14 @@ from mindspeed_mm.configs.towers import TextDecoder
 from mindspeed_mm.distributed.state import print_rank_0
 from mindspeed_mm.errors import UserError, did_you_mean
 from mindspeed_mm.models.megatron.blueprint import Blueprint
+from mindspeed_mm.models.megatron.shapes import TEXT_KEYS
+from mindspeed_mm.models.megatron.structure import check_structure
 
 _ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Keys of text_decoder that are fields of TransformerConfig under the same name and change no weights.
-_SAME_NAME = (
+SAME_NAME = (
     "hidden_dropout",
     "attention_dropout",
     "attention_softmax_in_fp32",
@@ -39,6 +41,22 @@ _SAME_NAME = (
 )
 
 
+# What else of text_decoder is read, here or elsewhere, or says again what other keys say.
+_OTHER_KEYS = {
+    "model_id",
+    "freeze",
+    "pipeline_num_layers",
+    "untie_embeddings_and_output_weights",
+    "params_dtype",
+    "bf16",
+    "fp16",
+    "use_fused_rotary_pos_emb",
+    "use_te",
+    "group_query_attention",
+    "rope_scaling",
+}
+
+
 def transformer_config(config: ModelConfig, blueprint: Blueprint, *, transformer_engine: bool) -> Any:
     """Return the ``TransformerConfig`` of the text decoder, for the parallel layout that is initialized.
 
@@ -56,8 +74,12 @@ def transformer_config(config: ModelConfig, blueprint: Blueprint, *, transformer
     from megatron.core.transformer import TransformerConfig
 
     fields = {field.name for field in dataclasses.fields(TransformerConfig)}
+    text = config.text_decoder or TextDecoder()
     shapes = {**_shapes(blueprint), **_parallel_sizes()}
-    chosen = {**_text_decoder_keys(config.text_decoder or TextDecoder()), **config.megatron.to_dict()}
+    checked = check_structure(text, shapes, blueprint)
+    if idle := sorted(text.model_fields_set - checked - TEXT_KEYS - set(SAME_NAME) - _OTHER_KEYS):
+        print_rank_0(f"model.json: these keys of text_decoder have no effect here: {', '.join(idle)}")
+    chosen = {**_text_decoder_keys(text), **config.megatron.to_dict()}
     for key in chosen:
         if key in shapes and key not in ("init_method_std", "attention_dropout"):
             raise UserError(
@@ -168,7 +190,7 @@ def _activation(name: str) -> Any:
 
 
 def _text_decoder_keys(text: TextDecoder) -> dict[str, Any]:
-    values = {key: getattr(text, key) for key in _SAME_NAME if getattr(text, key) is not None}
+    values = {key: getattr(text, key) for key in SAME_NAME if getattr(text, key) is not None}
     if text.use_fused_rotary_pos_emb is not None:
         values["apply_rope_fusion"] = text.use_fused_rotary_pos_emb
     dtype = text.params_dtype or ("bf16" if text.bf16 else "fp16" if text.fp16 else None)

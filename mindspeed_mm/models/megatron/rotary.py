@@ -33,7 +33,7 @@ class RotaryAngles(nn.Module):
                 f"on the length, or it scales the scores); use pretrain_transformers.py, or another type."
             )
         # Not a buffer: casting the model to bf16 would round it.
-        self._frequencies: Tensor = hf_rotary.inv_freq.float()
+        self._frequencies: Tensor = hf_rotary.inv_freq.detach().clone().float()
         self._section: list[int] | None = getattr(hf_rotary, "mrope_section", None)
         self._interleaved = hf_rotary.config.model_type.startswith("qwen3")
 

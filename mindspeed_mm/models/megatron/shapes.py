@@ -8,6 +8,7 @@ from typing import Any
 
 from mindspeed_mm.configs.model import ModelConfig
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.common.lookup import lookup
 
 # Keys of model.json, below the tower they describe, to the attribute of the Hugging Face configuration. The first
 # name of a group that is written counts.
@@ -23,13 +24,14 @@ _TEXT: dict[tuple[str, ...], str] = {
     ("rms_norm_eps", "layernorm_epsilon"): "rms_norm_eps",
     ("activation_func", "hidden_act"): "hidden_act",
     ("rope_theta", "rotary_base"): "rope_parameters.rope_theta",
-    ("mrope_section",): "rope_parameters.mrope_section",
+    ("mrope_section", "rope_scaling.mrope_section"): "rope_parameters.mrope_section",
     ("partial_rotary_factor", "rotary_percent"): "rope_parameters.partial_rotary_factor",
     ("num_moe_experts",): "num_experts",
     ("moe_intermediate_size",): "moe_intermediate_size",
     ("moe_router_topk",): "num_experts_per_tok",
     ("norm_topk_prob",): "norm_topk_prob",
 }
+TEXT_KEYS = {key for keys in _TEXT for key in keys}
 # The towers of Qwen-VL, and those of plain ViTs.
 _VISION: dict[tuple[str, ...], str] = {
     ("num_layers",): "depth|num_hidden_layers",
@@ -103,7 +105,7 @@ def read_hf_config(config: ModelConfig) -> Any:
 
 def _written(tower: Any, keys: tuple[str, ...]) -> tuple[str, Any] | None:
     for key in keys:
-        if (value := getattr(tower, key, None)) is not None:
+        if (value := lookup(tower, key)) is not None:
             return key, value
     return None
 
@@ -169,6 +171,12 @@ def _made_from_shapes(config: ModelConfig) -> Any:
         raise UserError(
             f"model.json has no init_from_hf_path, and without it lacks {', '.join(missing)}. Write these, or "
             f"set init_from_hf_path to a folder with the model's config.json."
+        )
+    scaling = dict(config.text_decoder.rope_scaling or {}) if config.text_decoder else {}
+    if (kind := scaling.get("rope_type", scaling.get("type", "default"))) not in ("default", "mrope"):
+        raise UserError(
+            f"model.json: text_decoder.rope_scaling of type '{kind}' needs a Hugging Face folder that has it: set "
+            f"init_from_hf_path."
         )
     make_config: Callable[..., Any] = transformers.CONFIG_MAPPING[family]
     bare = make_config()

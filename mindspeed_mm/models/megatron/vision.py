@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.megatron.blueprint import Blueprint
+from mindspeed_mm.models.megatron.split_images import split_images
 from mindspeed_mm.models.transformers.families import Family, family_of
 from mindspeed_mm.models.transformers.vision_metadata import VisionMetadata
 
@@ -48,30 +51,49 @@ class _Captured(nn.Module):
 class ImageEncoder(nn.Module):
     """The Hugging Face model without its text decoder: vision tower, projector, and how features enter the text.
 
-    All tensor-parallel ranks hold it whole and compute the same.
+    All tensor-parallel ranks hold it whole, and compute the same or share the images.
 
     Attributes:
         encoder: the vision tower.
         projector: from its features to embeddings; None where the tower has that inside.
     """
 
-    def __init__(self, blueprint: Blueprint, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        dtype: torch.dtype,
+        attention: Any = None,
+        shared_by: dist.ProcessGroup | None = None,
+    ) -> None:
         """Build it with random weights from torch's global generator.
 
         Args:
             blueprint: the model.
             dtype: of the parameters.
+            attention: ``attn_implementation`` as Transformers takes it; None: its choice.
+            shared_by: the tensor-parallel ranks, if they are to share the images of a micro-batch.
+
+        Raises:
+            UserError: images are to be shared, and it is not known how this family takes them.
         """
         super().__init__()
         self._family = family_of(blueprint.config)
         self._paths: dict[str, str] = {}
-        backbone = _without_decoder(blueprint).to(dtype)
+        backbone = _without_decoder(blueprint, attention).to(dtype)
         # Not registered: the modules have one path each, through `encoder` and `projector`.
         self._unregistered = (backbone, f"{blueprint.backbone_path}.")
         self.encoder = self._take("encoder", "vision_encoder")
         self.projector = self._take("projector", "vision_projector")
         self._metadata = VisionMetadata(backbone)
         self._blank = self._family.dummy_image(blueprint.config) if self._family.dummy_image else None
+        self._shares = shared_by is not None and dist.get_world_size(shared_by) > 1
+        if self._shares:
+            if self._blank is None:
+                raise UserError(
+                    f"model.json: enable_encoder_dp: it is not known how {type(blueprint.model).__name__} takes "
+                    f"images, so that tensor-parallel ranks cannot share them. Remove the key."
+                )
+            split_images(self.encoder, self._blank, shared_by)
 
     def _take(self, name: str, component: str) -> nn.Module | None:
         backbone, prefix = self._unregistered
@@ -106,7 +128,7 @@ class ImageEncoder(nn.Module):
         backbone, _ = self._unregistered
         captured = backbone.language_model
         backbone.get_input_embeddings = lambda: embed
-        with self._metadata.for_batch(metadata, input_ids.device):
+        with self._metadata.for_batch(None if self._shares else metadata, input_ids.device):
             backbone(input_ids=input_ids, **media)
         arguments, captured.arguments = captured.arguments, {}
         embeddings = arguments["inputs_embeds"]
@@ -141,14 +163,15 @@ class ImageEncoder(nn.Module):
         return result
 
 
-def _without_decoder(blueprint: Blueprint) -> Any:
+def _without_decoder(blueprint: Blueprint, attention: Any) -> Any:
     """Return the backbone with its text decoder replaced by what captures its arguments."""
     config = copy.deepcopy(blueprint.config)
     text = config.get_text_config(decoder=True)
     text.num_hidden_layers, text.vocab_size, text.pad_token_id = 0, 1, None
     if getattr(text, "layer_types", None):
         text.layer_types = []
-    backbone = type(blueprint.backbone)._from_config(config, dtype=torch.float32)
+    options = {"attn_implementation": attention, "dtype": torch.float32}
+    backbone = type(blueprint.backbone)._from_config(config, **options)
     backbone.config = blueprint.config
     name = blueprint.decoder_path.removeprefix(f"{blueprint.backbone_path}.")
     setattr(backbone, name, _Captured())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.common.strict_forward import takes
 
 _KINDS = {"full_attention", "sliding_attention"}
 
@@ -26,6 +27,7 @@ class PackedAttention:
     def __init__(self, model: Any) -> None:
         """Attach to ``model``, before it is sharded."""
         self._name = type(model).__name__
+        self._takes_positions = takes(model, "position_ids")
         self._pack: tuple[Tensor, int] | None = None
         self._decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else None
         if self._decoder is not None:
@@ -53,6 +55,11 @@ class PackedAttention:
     def _check(self) -> None:
         if self._decoder is None:
             raise UserError(f"packing: {self._name} has no text decoder to be found; set packing to false in data.json")
+        if not self._takes_positions:
+            raise UserError(
+                f"packing: {self._name}.forward takes no position_ids, which start anew with each sample of a packed "
+                "sequence; name them in its signature, or set packing to false in data.json"
+            )
         if strange := self._kinds() - _KINDS:
             raise UserError(
                 f"packing: {self._name} has layers of type {', '.join(sorted(strange))}, in which the samples of a "

@@ -19,7 +19,9 @@ SEQUENCE = {"sequence_parallel": True}
 
 # Family, whether it is tied, decoder layers, sizes, fields of TransformerConfig, pipeline_num_layers.
 Case = tuple[str, bool, int, dict[str, int], dict[str, Any], Any]
+SHARED = {"enable_encoder_dp": True}  # of model.json
 CASES: dict[str, Case] = {
+    "tp2 shared images": ("qwen3_vl", False, 2, {"tensor": 2}, SHARED, None),
     "tp2": ("qwen2_5_vl", False, 2, {"tensor": 2}, {}, None),
     "tp2 sp deepstack recompute": ("qwen3_vl", True, 2, {"tensor": 2}, {**SEQUENCE, **RECOMPUTE}, None),
     "pp2 deepstack recompute tied": ("qwen3_vl", True, 2, {"pipeline": 2}, RECOMPUTE, None),
@@ -28,6 +30,9 @@ CASES: dict[str, Case] = {
 }
 SLOW: dict[str, Case] = {
     "tp2 sp": ("internvl", False, 2, {"tensor": 2}, SEQUENCE, None),
+    "tp2 shared images internvl": ("internvl", False, 2, {"tensor": 2}, {**SHARED, **SEQUENCE}, None),
+    "tp2 shared images llava": ("llava", False, 2, {"tensor": 2}, SHARED, None),
+    "tp2 shared images, windows": ("qwen2_5_vl", False, 2, {"tensor": 2}, SHARED, None),
     "tp2 llava": ("llava", False, 2, {"tensor": 2}, {}, None),
     "tp2 sp experts split": ("qwen3_vl_moe", False, 2, {"tensor": 2}, SEQUENCE, None),
     "tp2 sp experts whole": (
@@ -69,8 +74,9 @@ def test_same_gradients(ranks2: RankPool, tmp_path: Path, name: str) -> None:
     family, tie, layers, sizes, config, division = case
     tiny.save_tiny(family, tmp_path, tie, layers=layers)
     batches = micro_batches(family)
-    text = {} if division is None else {"text_decoder": {"pipeline_num_layers": division}}
-    answers = ranks2.run(vlm.train_step, str(tmp_path), batches, sizes, megatron=config, **text)
+    model_json: dict[str, Any] = {} if division is None else {"text_decoder": {"pipeline_num_layers": division}}
+    config, shared = ({k: v for k, v in config.items() if (k in SHARED) == wanted} for wanted in (False, True))
+    answers = ranks2.run(vlm.train_step, str(tmp_path), batches, sizes, megatron=config, **shared, **model_json)
     loss, grads = expected(case)
     norm = float(torch.nn.utils.get_total_norm(list(grads.values())))
     seen = {key: torch.zeros(grad.shape, dtype=torch.bool) for key, grad in grads.items()}

@@ -50,7 +50,7 @@ WRITTEN: dict[str, dict[str, Any]] = {
         },
         "text_decoder": {
             **TEXT,
-            "mrope_section": [2, 1, 1],
+            "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]},
             "position_embedding_type": "mrope",
             "add_qkv_bias": True,
             "attention_softmax_in_fp32": True,
@@ -157,6 +157,10 @@ def test_what_agrees_or_fits_anyway_is_accepted(tmp_path: Path) -> None:
     [
         ({"model_id": "qwen2_5_vl"}, ["text_decoder.num_layers", "text_decoder.vocab_size", "init_from_hf_path"]),
         ({"model_id": "deepseekvl2"}, ["'deepseekvl2'", "qwen3_vl_moe"]),
+        (
+            {**WRITTEN["internvl"], "text_decoder": {**TEXT, "rope_scaling": {"type": "yarn", "factor": 4}}},
+            ["'yarn'", "init_from_hf_path"],
+        ),
         ({"init_from_hf_path": "/no/such/folder"}, ["init_from_hf_path", "/no/such/folder"]),
     ],
 )
@@ -193,6 +197,9 @@ def refusal(folder: str, sizes: dict[str, int], model_json: dict[str, Any]) -> s
         ),
         ("qwen3_vl_moe", {"tensor": 2}, {}, ["--tensor-model-parallel-size 2", "--sequence-parallel"]),
         ("qwen2_5_vl", {}, {"megatron": {"moe_ruoter_dtype": "fp32"}}, ["moe_ruoter_dtype", "'moe_router_dtype'"]),
+        ("qwen2_5_vl", {}, {"text_decoder": {"add_qkv_bias": False}}, ["add_qkv_bias is False, not True"]),
+        ("qwen2_5_vl", {}, {"text_decoder": {"num_moe_experts": 8}}, ["num_moe_experts is 8, not None"]),
+        ("internvl", {}, {"text_decoder": {"position_embedding_type": "mrope"}}, ["is mrope, not rope"]),
         ("qwen2_5_vl", {}, {"megatron": {"num_layers": 1}}, ["megatron.num_layers", "Remove the key"]),
     ],
 )

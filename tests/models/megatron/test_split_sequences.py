@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,6 @@ from tests.ranks import RankPool
 LIMIT = 1e-5
 ULYSSES, RING = {"cp_comm_type": "a2a"}, {"cp_comm_type": "p2p"}
 HYBRID = {"cp_comm_type": "a2a+p2p", "hierarchical_context_parallel_sizes": [2, 2]}
-
-
-@pytest.fixture(scope="module")
-def ranks4() -> Iterator[RankPool]:
-    pool = RankPool(4)
-    yield pool
-    pool.stop()
 
 
 def batch_of(family: str, length: int) -> dict[str, Tensor]:
