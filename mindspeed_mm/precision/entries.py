@@ -1,4 +1,4 @@
-"""What a record holds, whatever its files look like."""
+"""What a record is made of: keys, samples, kept calls, and all that one rank notes of one step."""
 
 from __future__ import annotations
 
