@@ -261,6 +261,8 @@ CHANGES: dict[str, list[_Change]] = {
         ({"global_batch_size", "gradient_accumulation_steps"}, "pretrain.yaml", "steps: 4}", "steps: 2}"),
         ({"global_batch_size", "data_parallel_size"}, "pretrain.yaml", "data_parallel: 8", "data_parallel: 4"),
         ({"tensor_parallel_size"}, "pretrain.yaml", "model_parallel: 1", "model_parallel: 2"),
+        # With pipeline stages a step takes so many micro-batches as well.
+        ({"pipeline_parallel_size", "global_batch_size"}, "pretrain.yaml", "pipeline_stage: 1", "pipeline_stage: 2"),
         ({"compute_dtype"}, "pretrain.yaml", '"bfloat16"', '"float16"'),
         ({"parameter_dtype", "grad_reduce_dtype"}, "pretrain.yaml", '"float32"', '"bfloat16"'),
         ({"num_layers"}, "pretrain.yaml", "num_layers: 24", "num_layers: 2"),
