@@ -52,7 +52,7 @@ def train(folder: Path, steps: int, flags: list[str]) -> None:
         return DataLoader(TensorDataset(pictures), batch_size=2, shuffle=True), None, None
 
     def forward_step(iterator: Any, model: nn.Module) -> tuple[Any, Any]:
-        # From here on the run may be killed. Once: a rank that outlives another one's death does not pass for a new one.
+        # From here on the run may be killed. Told once: a rank that outlives another one does not pass for a new one.
         if not told:
             told.append(pid_file.write_text(str(os.getpid())))
         return model(next(iterator)[0]), lambda loss: loss
