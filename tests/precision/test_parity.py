@@ -57,7 +57,7 @@ def test_the_sum_of_local_gradients_is_the_reduced_one(job: Job, ranks2: RankPoo
     assert max(distance(local[site], reduced[site]).relative for site in local) < 1e-5
 
 
-@pytest.mark.parametrize("keep", [None, "matmul"])
+@pytest.mark.parametrize("keep", [pytest.param(None, marks=pytest.mark.slow), "matmul"])
 def test_recomputed_layers_are_recorded_once(
     keep: str | None, job: Job, whole: Record, ranks1: RankPool, tmp_path: Path
 ) -> None:
@@ -73,6 +73,7 @@ def test_packs_are_as_their_samples(job: Job, whole: Record, ranks1: RankPool, t
     check(record(ranks1, job, tmp_path / "packed", train_iters=1, precision_capture="steps=0", **flags), whole)
 
 
+@pytest.mark.slow
 def test_eager_attention_has_the_same_sites(job: Job, whole: Record, ranks1: RankPool, tmp_path: Path) -> None:
     job.model["text_decoder"] = {"attn_implementation": "eager"}
     job.model["image_encoder"] = {"vision_encoder": {"attn_implementation": "eager"}}
