@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden": 512, "layers": 3, "heads": 8, "vocabulary": 4096, "batch": (4, 256), "bf16": False},
+    "tiny": {"hidden": 768, "layers": 2, "heads": 12, "vocabulary": 4096, "batch": (4, 384), "bf16": False},
     "0.6b": {"hidden": 1024, "layers": 28, "heads": 16, "vocabulary": 151936, "batch": (4, 2048), "bf16": True},
 }
 LIMITS = {"idle": 1.01, "local norms": 1.02, "parameter digests": 1.3, "module digests": 1.3}

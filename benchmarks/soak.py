@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,12 @@ def train(folder: Path, steps: int, flags: list[str]) -> None:
         return DataLoader(TensorDataset(pictures), batch_size=2, shuffle=True), None, None
 
     def forward_step(iterator: Any, model: nn.Module) -> tuple[Any, Any]:
-        if not pid_file.exists():  # from here on the run may be killed
-            pid_file.write_text(str(os.getpid()))
+        # From here on the run may be killed. Once: who outlives another's death does not pass for a new rank.
+        if not told:
+            told.append(pid_file.write_text(str(os.getpid())))
         return model(next(iterator)[0]), lambda loss: loss
 
-    rank = os.environ["RANK"]
+    rank, told = os.environ["RANK"], list[int]()
     pid_file = folder / f"pid_{rank}"
     yaml = folder / f"fsdp2_config_{rank}.yaml"
     yaml.write_text("sharding_size: auto\nsub_modules_to_wrap: ['layers.{*}']\n")
@@ -114,7 +116,8 @@ class Run:
     def kill(self, pids: list[int]) -> None:
         """Kill the launcher and the ranks."""
         for pid in (self.process.pid, *pids):
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # the launcher may have been ending them
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()
         self._log.close()
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mindspeed_mm import accelerator
 from mindspeed_mm.configs.model import ModelConfig
+from mindspeed_mm.distributed.meta import is_meta_init
 from mindspeed_mm.distributed.sequence_split import SequenceSplit
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.losses import IGNORE, REDUCTIONS, logits_bytes, shift_labels, sum_by_sample
@@ -59,6 +60,10 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
             UserError: model.json is incomplete or contradicts its Hugging Face folder, megatron-core cannot compute
                 this model, or the layout does not fit it.
         """
+        if is_meta_init():
+            raise UserError(
+                "--init-model-with-meta-device: VLMModel is built on the host, each rank its own part; remove the flag."
+            )
         accelerator.prepare_megatron_layers()
         from megatron.core import parallel_state
         from megatron.core.enums import ModelType
@@ -96,6 +101,7 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
         deepstack.add_features(self.text_decoder.decoder.layers[: self.blueprint.deepstack] if self.pre_process else [])
         self._check(layers)
         self._positions = Positions(self.blueprint)
+        self._padding_is_known = False
         self._loss = config.loss_cfg
         self._freezes = config
         self.freeze()
@@ -214,6 +220,7 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
             pixel_values = pixel_values[image_flags.flatten() == 1]
         media.update(pixel_values=pixel_values, image_grid_thw=image_grid_thw)
         media = {key: value for key, value in media.items() if value is not None}
+        self._check_padding(attention_mask)
         if position_ids is None:
             position_ids = self._positions(input_ids, attention_mask, media)
         features = None
@@ -231,6 +238,17 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
         if labels is None:
             return {"loss": None, "logits": self._by_sample(self.text_decoder.logits(hidden), input_ids)}
         return self._with_loss(hidden, labels, cu_seqlens, split)
+
+    def _check_padding(self, attention_mask: Tensor | None) -> None:
+        """Look at the first micro-batch only: the host waits for the device."""
+        if attention_mask is None or self._padding_is_known or attention_mask.dim() != 2:
+            return
+        self._padding_is_known = True
+        if bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
+            raise UserError(
+                "attention_mask: padding comes before tokens; pretrain_vlm.py can have it at the end of a row only. "
+                "Pad on the right (padding_side of the tokenizer)."
+            )
 
     def _split(self, length: int, cu_seqlens: Tensor | None) -> SequenceSplit:
         """Return which positions of the micro-batch this rank computes."""

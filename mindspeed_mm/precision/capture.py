@@ -107,6 +107,10 @@ class Capture:
             taken.samples += _named(samples, positions, names)
         host = BatchRows(samples, torch.device("cpu"))
         _add_fields(taken.pool, batch, host)
+        labels = batch.get("labels") if hasattr(batch, "get") else None
+        if isinstance(labels, Tensor):  # what a replay of the loss needs beside the logits
+            self._keep(Key("data", "batch", f"labels@{taken.batches}.{self.writer.rank}"), labels)
+        taken.batches += 1
         if taken.hooks:
             taken.hooks.begin_micro_batch(BatchRows(samples, self.device))
         return count
@@ -223,6 +227,7 @@ class _Step:
     def __init__(self, step: int, pool: StepPool) -> None:
         self.step = step
         self.pool = pool
+        self.batches = 0
         self.hooks: ModuleHooks | None = None
         self.parameters: dict[str, nn.Parameter] = {}
         self.before: dict[str, Tensor] = {}

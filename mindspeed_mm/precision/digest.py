@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -53,14 +54,28 @@ def unnoticed(device: torch.device) -> Iterator[None]:
         yield
 
 
-def digest(value: Tensor, rows: Tensor | None = None, offset: Sequence[int] | None = None) -> Tensor:
+@dataclass(frozen=True)
+class RowSigns:
+    """What tells the rows of a tensor apart: (N,) int64 hashes on its device, and their signs (N, SIZE)."""
+
+    hashes: Tensor
+    signs: Tensor
+
+    @classmethod
+    def of(cls, values: np.ndarray, device: torch.device) -> RowSigns:
+        """Take (N,) uint64 hashes to a device, without waiting for it."""
+        placed = to_device(values, device)
+        return cls(placed, _expand(placed))
+
+
+def digest(value: Tensor, rows: RowSigns | None = None, offset: Sequence[int] | None = None) -> Tensor:
     """Return the digest of one part of a tensor, (WIDTH,) float32 on its device. The host does not wait.
 
     It is linear in all but the last four numbers. To be called within :func:`unnoticed`.
 
     Args:
         value: any shape and dtype.
-        rows: (N,) int64 hashes of the first dimension; None: its indices are hashed as those of the others.
+        rows: of the first dimension; None: its indices are hashed as those of the others.
         offset: where ``value`` lies in the full tensor, for the dimensions that are told apart by index.
     """
     value = value.detach()
@@ -77,15 +92,18 @@ def digest(value: Tensor, rows: Tensor | None = None, offset: Sequence[int] | No
     split = len(dims)
     while split > first and (split == len(dims) or _product(dims[split:]) < _NARROWEST):
         split -= 1
-    leading = [] if rows is None else [rows]
-    row_hashes = _outer([*leading, *(_index_hashes(dim, value.device) for dim in dims[first:split])], value.device)
     columns = _signs(tuple(dims[split:]), value.device)
-    flat = value.reshape(len(row_hashes), -1)
+    if rows is None:
+        signs = _signs(tuple(dims[:split]), value.device)
+    elif split == 1:
+        signs = rows.signs
+    else:
+        others = [_index_hashes(dim, value.device) for dim in dims[1:split]]
+        signs = _expand(_outer([rows.hashes, *others], value.device))
+    flat = value.reshape(len(signs), -1)
     step = max(1, _BLOCK // flat.shape[1])
-    parts = [
-        _block(flat[begin : begin + step], row_hashes[begin : begin + step], columns)
-        for begin in range(0, len(flat), step)
-    ]
+    begins = range(0, len(flat), step)
+    parts = [_block(flat[begin : begin + step], signs[begin : begin + step], columns) for begin in begins]
     if len(parts) == 1:
         return parts[0]
     table = torch.stack(parts)
@@ -94,17 +112,20 @@ def digest(value: Tensor, rows: Tensor | None = None, offset: Sequence[int] | No
     return joined
 
 
-def _block(block: Tensor, row_hashes: Tensor, columns: Tensor) -> Tensor:
-    """Return the digest of (R, C); ``columns`` (C, SIZE) holds signs."""
+def _block(block: Tensor, signs: Tensor, columns: Tensor) -> Tensor:
+    """Return the digest of (R, C), given the signs (R, SIZE) of its rows and (C, SIZE) of its columns."""
     block = block.float()
-    signs = _expand(row_hashes)
     # Matrix products add up the smaller of the two dimensions: long sums in float32 lose digits.
-    is_wide = len(block) < block.shape[1]
-    vector = ((signs.T @ block) * columns.T).sum(1) if is_wide else ((block @ columns) * signs).sum(0)
-    low, high = block.amin(1), block.amax(1)  # NaN comes through
+    if len(block) < block.shape[1]:
+        sums = signs.T @ block
+        vector = (sums * columns.T).sum(1)
+    else:
+        sums = (block @ columns).T
+        vector = (sums.T * signs).sum(0)
+    low, high = torch.aminmax(block)  # NaN comes through
     squares = torch.linalg.vector_norm(block, dim=1).square().sum()  # row by row: fewer roundings
-    broken = (~(torch.isfinite(low) & torch.isfinite(high))).sum()
-    return torch.cat([vector, torch.stack([block.sum(), squares, high.amax(), low.amin(), broken.float()])])
+    broken = (~torch.isfinite(sums[0])).sum()
+    return torch.cat([vector, torch.stack([block.sum(), squares, high, low, broken.float()])])
 
 
 def _expand(row_hashes: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from mindspeed_mm.checkpoint.tensors import clean_name
 from mindspeed_mm.models.common.lookup import lookup
+from mindspeed_mm.precision.sites import innermost
 
 _EPS = ("eps", "variance_epsilon", "epsilon")
 _VARIABLES = ("NCCL_", "HCCL_", "LCCL_", "CUBLAS", "CUDA_", "ASCEND_", "NPU_", "ATB_", "CLOSE_MATMUL", "NVTE_", "OMP_")
@@ -31,6 +32,7 @@ def effective_values(model: nn.Module, optimizer: Optimizer | None = None) -> di
         ``frozen`` of parameters; ``groups`` of the optimizer; ``mixed_precision`` and ``mesh`` of FSDP; ``numerics`` of
         torch; ``environment``, the variables that libraries read; ``config`` of a Hugging Face model.
     """
+    model = innermost(model)
     modules = {clean_name(f"{path}.").removesuffix("."): module for path, module in model.named_modules()}
     parameters = [(clean_name(name), parameter) for name, parameter in model.named_parameters()]
     found: dict[str, Any] = {

@@ -121,8 +121,8 @@ class ModuleHooks:
         """Record a tensor, and its gradient once it comes."""
         batch, shape = self._batch, value.shape
         assert batch is not None
-        if batch.are_masks(shape):
-            return
+        if not value.ndim or batch.are_masks(shape):
+            return  # a loss, which is recorded as one, or how attention is done
         if not value.is_floating_point() and what.startswith("input.") and what != "input.0":
             return  # positions and such: what is made of them is recorded, and not all batches hand them on
         rows = batch.of(shape, vision=vision)

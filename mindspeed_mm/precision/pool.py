@@ -149,13 +149,13 @@ def _of_rows(placed: Placed, dtype: torch.dtype, batch: BatchRows, rows: Rows) -
         full = [placed.shape[axis] for axis in axes]
         if any(size != whole for (_, size), whole in zip(box, full, strict=True)):
             table = table.within(full, box)
-    hashes, chosen = batch.on_device(table)
+    signs, chosen = batch.on_device(table)
     flat = value.movedim(axes, tuple(range(len(axes)))).flatten(0, len(axes) - 1)
     if chosen is not None:
         flat = flat.index_select(0, chosen)
     shape = (len(table.chosen) if first else 0, *(placed.shape[axis] for axis in others))
     about = {"dtype": _name(dtype), "shape": shape, "rows": rows.kind, "part": placed.part, "count": flat.numel()}
-    return _Made(digest(flat, hashes, [0, *offset]), about)
+    return _Made(digest(flat, signs, [0, *offset]), about)
 
 
 def _sketch(numbers: np.ndarray, about: dict[str, Any]) -> Sketch:

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.precision.contents import PHASES, Call, Key, RankStep, SampleFingerprint
+from mindspeed_mm.precision.entries import PHASES, Call, Key, RankStep, SampleFingerprint
 from mindspeed_mm.precision.sketch import Sketch
+
+__all__ = ["PHASES", "Call", "Key", "RankStep", "Record", "RecordWriter", "SampleFingerprint", "StepRecord"]
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-
-__all__ = ["PHASES", "Call", "Key", "RankStep", "Record", "RecordWriter", "SampleFingerprint", "StepRecord"]
 
 
 class RecordWriter:

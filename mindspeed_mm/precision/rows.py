@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mindspeed_mm.precision.batch import Media, Samples
-from mindspeed_mm.precision.digest import hashes, mix, to_device
+from mindspeed_mm.precision.digest import RowSigns, hashes, mix
 
 _SALTS = {"image": 0x1DEA, "video": 0x7E1E, "sample": 0x5A5A}
 
@@ -74,7 +74,7 @@ class BatchRows:
         self.samples = samples
         self._device = device
         self._tables: dict[tuple[str, ...], Table] = {}
-        self._on_device: dict[int, tuple[Table, Tensor, Tensor | None]] = {}
+        self._on_device: dict[int, tuple[Table, RowSigns, Tensor | None]] = {}
 
     def of(self, shape: Sequence[int], *, vision: bool) -> Rows | None:
         """Return what the rows of a tensor of this shape are; None where only their index tells them apart.
@@ -143,13 +143,13 @@ class BatchRows:
                     return Rows("patch", (axis,), self._patch_table(medium, ratio), label=label)
         return None
 
-    def on_device(self, table: Table) -> tuple[Tensor, Tensor | None]:
-        """Return a table's hashes, and its places unless they are all."""
+    def on_device(self, table: Table) -> tuple[RowSigns, Tensor | None]:
+        """Return a table's signs, and its places unless they are all."""
         if id(table) not in self._on_device:
             chosen = None
             if len(table.chosen) < table.total:
                 chosen = torch.from_numpy(table.chosen).to(self._device, non_blocking=True)
-            self._on_device[id(table)] = (table, to_device(table.hashes, self._device), chosen)
+            self._on_device[id(table)] = (table, RowSigns.of(table.hashes, self._device), chosen)
         return self._on_device[id(table)][1:]
 
     def _token_table(self) -> Table:

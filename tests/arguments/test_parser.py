@@ -63,7 +63,7 @@ DOCUMENTED_DEFAULTS = {
     "dpo_beta": 0.1,
     "data_balance_sorting_algo": "post_global_balancing_greedy_without_pad",
     "max_seq_len": 2048,
-    "moe_token_dispatcher_type": "alltoall",  # what the page that documents allgather recommends with experts
+    "moe_token_dispatcher_type": "allgather",
     "attention_dropout": 0.1,
     "hidden_dropout": 0.1,
     "position_embedding_type": "learned_absolute",

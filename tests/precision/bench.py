@@ -135,7 +135,7 @@ def record(
         change(job)
     if perturb:
         job.flags["precision-perturb"] = perturb
-    outcomes = pool.run(train_here, job.command(), str(job.folder), fault, program)
+    outcomes = pool.run(train_here, job.command(), str(job.folder), fault, program, timeout=250.0)
     assert all(code == 0 for code, _ in outcomes), outcomes[0][1][-3000:]
     return Record.open(folder / "record")
 

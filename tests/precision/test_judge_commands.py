@@ -28,6 +28,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "noise2": Recipe(noise=2),
         "eps": Recipe(**FAULTS["norm eps"].recipe),
         "beta2": Recipe(**FAULTS["beta2"].recipe),
+        "means": Recipe(**FAULTS["mean of micro-batch means"].recipe),
         "no_tensors": Recipe(kept=()),
         "no_tensors_beta2": Recipe(**FAULTS["beta2"].recipe, kept=()),
     }.items():
@@ -67,6 +68,13 @@ def test_replay_of_the_optimizer(runs: Path) -> None:
     assert code == 1 and "beta2 is 0.999, in the reference 0.95" in text
     code, text = run("replay", "optimizer", runs / "reference", runs / "noise1", "--step", 1)
     assert code == 0 and "bit for bit" in text
+
+
+def test_replay_of_the_loss(runs: Path) -> None:
+    code, text = run("replay", "loss", runs / "reference", runs / "means")
+    assert code == 1 and f"is the {RULES[1]} of the reference's logits" in text and f"is the {RULES[0]}" in text
+    assert run("replay", "loss", runs / "reference", runs / "beta2")[0] == 0
+    assert run("replay", "loss", runs / "no_tensors", runs / "means")[0] == 2
 
 
 def test_the_optimizer_without_tensors(runs: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.precision.anomaly import read_anomaly_plan
 from mindspeed_mm.precision.record import Key, Record
+from mindspeed_mm.precision.sketch import distance
 from tests.precision.runs import record
 from tests.precision.test_recorder import batches
 from tests.ranks import RankPool
@@ -71,7 +72,7 @@ def test_the_steps_before_an_anomaly_are_kept_and_replayed(job: Job, ranks1: Ran
     assert ranks1.run(run_here, command, job.folder, timeout=240)[0].code, "it ends as it did"
     again = Record.open(folder / "replay").step(bad - 1)
     for key, sketch in kept.step(bad - 1).entries.items():
-        assert (again.entries[key].vector == sketch.vector).all(), key
+        assert distance(again.entries[key], sketch).relative < 1e-6, key  # hooks change the order of some sums
     assert {sample.name for sample in again.samples} == {sample.name for sample in kept.step(bad - 1).samples}
 
 

@@ -79,6 +79,12 @@ def transformer_config(config: ModelConfig, blueprint: Blueprint, *, transformer
     checked = check_structure(text, shapes, blueprint)
     if idle := sorted(text.model_fields_set - checked - TEXT_KEYS - set(SAME_NAME) - _OTHER_KEYS):
         print_rank_0(f"model.json: these keys of text_decoder have no effect here: {', '.join(idle)}")
+    if config.loss_cfg.router_aux_loss_coef > 0:
+        raise UserError(
+            "model.json: loss_cfg.router_aux_loss_coef is Hugging Face's load-balancing loss, which megatron-core's "
+            "routers do not compute. Set text_decoder.moe_router_load_balancing_type to 'aux_loss' and "
+            "text_decoder.moe_aux_loss_coeff for megatron-core's, or use pretrain_transformers.py."
+        )
     chosen = {**_text_decoder_keys(text), **config.megatron.to_dict()}
     for key in chosen:
         if key in shapes and key not in ("init_method_std", "attention_dropout"):

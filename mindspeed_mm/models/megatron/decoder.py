@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
@@ -90,6 +91,9 @@ class TextDecoder(GPTModel):
         Returns:
             (S, B, H); under sequence parallelism this rank's part of the sequence.
         """
+        if embeddings is not None and self.config.recompute_granularity == "full" and torch.is_grad_enabled():
+            # Recomputed layers have a gradient only if what goes into them has one: here it may all be frozen.
+            embeddings = embeddings if embeddings.requires_grad else embeddings.detach().requires_grad_()
         if self.config.sequence_parallel:
             embeddings = None if embeddings is None else scatter_to_sequence_parallel_region(embeddings)
             if features is not None:

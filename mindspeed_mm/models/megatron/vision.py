@@ -79,7 +79,7 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self._family = family_of(blueprint.config)
         self._paths: dict[str, str] = {}
-        backbone = _without_decoder(blueprint, attention).to(dtype)
+        backbone = _without_decoder(blueprint, attention, dtype)
         # Not registered: the modules have one path each, through `encoder` and `projector`.
         self._unregistered = (backbone, f"{blueprint.backbone_path}.")
         self.encoder = self._take("encoder", "vision_encoder")
@@ -163,14 +163,15 @@ class ImageEncoder(nn.Module):
         return result
 
 
-def _without_decoder(blueprint: Blueprint, attention: Any) -> Any:
+def _without_decoder(blueprint: Blueprint, attention: Any, dtype: torch.dtype) -> Any:
     """Return the backbone with its text decoder replaced by what captures its arguments."""
     config = copy.deepcopy(blueprint.config)
     text = config.get_text_config(decoder=True)
     text.num_hidden_layers, text.vocab_size, text.pad_token_id = 0, 1, None
     if getattr(text, "layer_types", None):
         text.layer_types = []
-    options = {"attn_implementation": attention, "dtype": torch.float32}
+    # The dtype here leaves what is not a weight in fp32, as `_apply` does.
+    options = {"attn_implementation": attention, "dtype": dtype}
     backbone = type(blueprint.backbone)._from_config(config, **options)
     backbone.config = blueprint.config
     name = blueprint.decoder_path.removeprefix(f"{blueprint.backbone_path}.")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mindspeed_mm.errors import UserError
 from tests.models import tiny
 from tests.models.megatron import vlm
 from tests.ranks import RankPool
@@ -105,3 +106,57 @@ def test_losses(ranks1: RankPool, tmp_path: Path, loss_type: str, compute_mode: 
     assert torch.equal(found["loss_mask"][:, :-1], targets >= 0) and not found["loss_mask"][:, -1].any()
     assert ("token_nums" in found) == (loss_type == "per_token_loss")
     assert found.get("token_nums", counts.sum()) == counts.sum()
+
+
+def padded_left(folder: str) -> str:
+    vlm.start()
+    (model,) = vlm.build(folder)
+    batch = tiny.tiny_batch("qwen2_5_vl", [0, 0])
+    batch["attention_mask"][1, :3] = 0
+    try:
+        model(**batch)
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def test_padding_before_tokens_is_refused(ranks1: RankPool, tmp_path: Path) -> None:
+    tiny.save_tiny("qwen2_5_vl", tmp_path)
+    (told,) = ranks1.run(padded_left, str(tmp_path))
+    assert "attention_mask" in told and "right" in told
+
+
+def sixteen_bits(folder: str) -> tuple[float, Tensor, set[torch.dtype]]:
+    """Return loss and logits in bf16, and the dtypes of what is no weight."""
+    vlm.start()
+    (model,) = vlm.build(folder, megatron={"bf16": True, "params_dtype": torch.bfloat16})
+    output = model.bfloat16()(**tiny.tiny_batch("qwen2_5_vl", [2, 1], seed=1))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    buffers = {b.dtype for b in model.buffers() if b.is_floating_point()}
+    return float(output["loss_dict"]["loss"].detach()), output["logits"].detach(), buffers
+
+
+def test_bf16_is_as_close_as_rounding_allows(ranks1: RankPool, tmp_path: Path) -> None:
+    tiny.save_tiny("qwen2_5_vl", tmp_path)
+    ((loss, logits, buffers),) = ranks1.run(sixteen_bits, str(tmp_path))
+    right, right_logits, _ = vlm.oracle("qwen2_5_vl", tiny.tiny_batch("qwen2_5_vl", [2, 1], seed=1))
+    assert buffers == {torch.float32}
+    assert abs(loss - right) < 1e-2 * right
+    assert (logits.float() - right_logits).abs().max() < 0.02 * right_logits.abs().max()
+
+
+def frozen_before_recompute(folder: str) -> list[tuple[str, tuple[slice, ...], Tensor | None]]:
+    vlm.start()
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    (model,) = vlm.build(folder, megatron=recompute)
+    model.image_encoder.requires_grad_(False)
+    model.text_decoder.embedding.requires_grad_(False)
+    model(**tiny.tiny_batch("qwen2_5_vl", [1, 0]))["loss_dict"]["loss"].backward()
+    return [box for box in vlm.gradients(model) if "layers" in box[0]]
+
+
+def test_recomputed_layers_learn_behind_frozen_ones(ranks1: RankPool, tmp_path: Path) -> None:
+    tiny.save_tiny("qwen2_5_vl", tmp_path)
+    (found,) = ranks1.run(frozen_before_recompute, str(tmp_path))
+    _, _, right = vlm.oracle("qwen2_5_vl", tiny.tiny_batch("qwen2_5_vl", [1, 0]))
+    assert found and vlm.worst(found, right) <= (LIMIT, "")
