@@ -38,7 +38,9 @@ def train_without_flags(folder: str, *flags: str) -> list[str]:
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
                 found.extend(str(hook) for hook in hooks.values() if "precision" in str(hook))
         imported = {name for name in sys.modules if name.startswith("mindspeed_mm.precision")}
-        found.extend(imported - {"mindspeed_mm.precision", "mindspeed_mm.precision.effective"})  # for the manifest
+        found.extend(
+            imported - {f"mindspeed_mm.precision{name}" for name in ("", ".effective", ".sites")}
+        )  # the manifest
         return model(**next(iterator)), lambda loss: loss
 
     arguments(folder, *flags, steps=2)
