@@ -5,6 +5,7 @@
 #   make test-unit     the tests that start no other process group
 #   make test-all      also the slow matrices
 #   make test-pinned   the suite on the oldest supported set (torch 2.7.1, megatron-core 0.12.1); 6 GB, on demand
+#   make test-megatron-0.12.1   the Megatron road's tests, slow ones too, in the same environment
 #   make lint          ruff, mypy, import layers, device names
 #   make clean         remove the environments and what the quickstart wrote
 #
@@ -18,7 +19,7 @@ PINNED_VENV ?= .venv-pinned
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 
-.PHONY: help quickstart test test-unit test-all test-pinned lint clean
+.PHONY: help quickstart test test-unit test-all test-pinned test-megatron-0.12.1 lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -38,6 +39,12 @@ test-all: lint
 
 test-pinned: $(PINNED_VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(PINNED_VENV)/bin/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+MEGATRON_TESTS = tests/accelerator/test_megatron_cpu.py tests/engine tests/models/megatron \
+	tests/distributed/test_megatron_parity.py tests/training/test_vlm_road.py
+
+test-megatron-0.12.1: $(PINNED_VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(PINNED_VENV)/bin/python -m pytest $(MEGATRON_TESTS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

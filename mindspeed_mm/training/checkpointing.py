@@ -55,7 +55,7 @@ class Checkpointer:
         self.saver: Saver | None = None
         if args.save:
             keep = Retention(args.keep_last, args.keep_every, args.keep_best)
-            self.saver = Saver(args.save, beside=args.async_save, keep=keep)
+            self.saver = Saver(args.save, beside=args.async_save, keep=keep, form=args.ckpt_format)
         self._rank_state: dict[str, Any] | None = None
         self._positions: dict[str, Any] = {}
         self._consumed_samples = 0

@@ -13,6 +13,7 @@ from mindspeed_mm.checkpoint.coordination import run_together
 from mindspeed_mm.checkpoint.publish import folder_name, remove
 from mindspeed_mm.checkpoint.retention import Retention, reasons_to_keep
 from mindspeed_mm.checkpoint.store import Snapshot, write_snapshot
+from mindspeed_mm.distributed.parallel import sizes
 from mindspeed_mm.distributed.state import host_group, print_rank_0, warn_rank_0
 from mindspeed_mm.errors import UserError
 
@@ -30,11 +31,13 @@ class Saver:
         folder: where to.
         beside: write in a thread, from a copy in host memory.
         keep: which older checkpoints stay after a save.
+        form: what the log calls the format.
     """
 
-    def __init__(self, folder: str | Path, *, beside: bool, keep: Retention) -> None:
+    def __init__(self, folder: str | Path, *, beside: bool, keep: Retention, form: str = "torch_dcp") -> None:
         self.folder = Path(folder)
         self.keep = keep
+        self.form = form
         self.newest: Path | None = None
         """The newest checkpoint that this run has saved."""
         # Its own gloo group: the thread's messages never meet those of the training.
@@ -56,7 +59,7 @@ class Saver:
             RuntimeError: a rank failed, but not because it could not write.
         """
         self.wait()
-        print_rank_0(f"saving checkpoint at iteration {iteration:7d} to {self.folder} in torch_dcp format")
+        print_rank_0(f"saving checkpoint at iteration {iteration:7d} to {self.folder} in {self.form} format")
         self._again = lambda: self._write(self._together(iteration, lambda: take(None)), loss)
         if self._copy is None:
             self._tolerate(self._again)
@@ -91,7 +94,8 @@ class Saver:
         self.newest = write_snapshot(self.folder, snapshot, self.group, loss)
         self._again = None
         iteration = snapshot.iteration
-        print_rank_0(f"  successfully saved checkpoint from iteration {iteration:7d} to {self.folder} [ t 1/1, p 1/1 ]")
+        place = f"[ t 1/{sizes().tensor}, p 1/{sizes().pipeline} ]"
+        print_rank_0(f"  successfully saved checkpoint from iteration {iteration:7d} to {self.folder} {place}")
         if self.keep and (not dist.is_initialized() or dist.get_rank() == 0):
             try:
                 for path, reason in reasons_to_keep(self.folder, self.keep, quick=True).items():

@@ -66,7 +66,7 @@ TP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PP = {"pipeline_model_parallel_size": 2}
 
 
-@pytest.mark.parametrize("loss", ["default", "per-token"])
+@pytest.mark.parametrize("loss", [pytest.param("default", marks=pytest.mark.slow), "per-token"])
 def test_both_roads_have_the_same_loss_curve(vlm: Job, ranks2: RankPool, tmp_path: Path, loss: str) -> None:
     if loss == "per-token":
         vlm.flags["calculate-per-token-loss"] = True
@@ -77,8 +77,24 @@ def test_both_roads_have_the_same_loss_curve(vlm: Job, ranks2: RankPool, tmp_pat
         close(tmp_path / name, tmp_path / "fsdp2", range(1, 21))
 
 
-def test_resuming_in_the_same_layout_changes_no_bit(vlm: Job, ranks2: RankPool, tmp_path: Path) -> None:
-    flags = {"use_distributed_optimizer": True, "train_iters": 6, "lr_decay_iters": 6}
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {**TP},
+        pytest.param({**PP}, marks=pytest.mark.slow),
+        pytest.param({"use_distributed_optimizer": True, "bf16": True, "no_load_rng": None}, marks=pytest.mark.slow),
+        pytest.param(
+            {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["tp", "pp", "sharded-bf16", "sharded-overlap"],
+)
+def test_resuming_in_the_same_layout_changes_no_bit(
+    vlm: Job, ranks2: RankPool, tmp_path: Path, layout: dict[str, Any]
+) -> None:
+    vlm.model["text_decoder"] = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+    flags = {**layout, "train_iters": 6, "lr_decay_iters": 6}
     train(ranks2, vlm, save=tmp_path / "straight", **flags)
     train(ranks2, vlm, save=tmp_path / "resumed", **{**flags, "train_iters": 3})
     train(ranks2, vlm, save=tmp_path / "resumed", load=tmp_path / "resumed", **flags)
@@ -101,6 +117,7 @@ def test_a_checkpoint_resumes_in_another_layout_and_on_the_other_road(
     close(tmp_path / "third", tmp_path / "straight", range(4, 7))
 
 
+@pytest.mark.slow
 def test_the_documented_yaml_shards_this_model_too(vlm: Job, ranks2: RankPool, tmp_path: Path) -> None:
     vlm.flags |= {"train-iters": 3, "lr-decay-iters": 3}
     train(ranks2, vlm, save=tmp_path / "megatron", **TP)
@@ -139,6 +156,7 @@ def validation(folder: Path) -> dict[int, float]:
     return {row["iteration"]: row["validation loss"] for row in rows if "validation loss" in row}
 
 
+@pytest.mark.slow
 def test_a_layout_that_does_not_fit_is_refused_before_ranks_meet(vlm: Job) -> None:
     outcome = last_rank_alone(on_megatron(vlm, tensor_model_parallel_size=3, global_batch_size=8), vlm.folder, 3)
     assert outcome.startswith("error")
@@ -160,6 +178,7 @@ def last_rank_alone(command: list[str], folder: Path, world_size: int) -> str:
     return process.stderr[process.stderr.index("error") :]
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_skipped_on_all_stages(vlm: Job, ranks2: RankPool, tmp_path: Path) -> None:
     script = (ROOT / "pretrain_vlm.py").read_text(encoding="utf-8")
     bad = "if args.iteration == 1:\n        loss = loss * float('nan')\n    report ="
