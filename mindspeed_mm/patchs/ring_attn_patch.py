@@ -1,1 +1,1 @@
-"""Nothing to patch: ring attention is context parallelism, which ``--context-parallel-size`` refuses for now."""
+"""Nothing to patch: ring attention is part of :mod:`mindspeed_mm.distributed.context_parallel`."""

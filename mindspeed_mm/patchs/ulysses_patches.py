@@ -1,1 +1,1 @@
-"""Nothing to patch: Ulysses is context parallelism, which ``--context-parallel-size`` refuses for now."""
+"""Nothing to patch: Ulysses is part of :mod:`mindspeed_mm.distributed.context_parallel`."""
