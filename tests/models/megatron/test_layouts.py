@@ -70,6 +70,10 @@ def expected(case: Case) -> tuple[float, dict[str, Tensor]]:
     "name", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)], ids=lambda n: n.replace(" ", "-")
 )
 def test_same_gradients(ranks2: RankPool, tmp_path: Path, name: str) -> None:
+    if name == "tp2 sp experts split" and torch.__version__.startswith("2.7"):
+        pytest.skip(
+            "gloo of torch 2.7 has no reduce_scatter of unequal parts, which megatron-core's alltoall takes here"
+        )
     case = {**CASES, **SLOW}[name]
     family, tie, layers, sizes, config, division = case
     tiny.save_tiny(family, tmp_path, tie, layers=layers)
