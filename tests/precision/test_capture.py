@@ -51,7 +51,9 @@ def train_without_flags(folder: str, *flags: str) -> list[str]:
 
 def test_nothing_is_attached_or_imported_when_off(ranks1: RankPool, tmp_path: Path) -> None:
     assert ranks1.run(train_without_flags, str(tmp_path)) == [[]]
-    (found,) = ranks1.run(train_without_flags, str(tmp_path), "--precision-capture", "steps=1", "--precision-dir", "r")
+    (found,) = ranks1.run(
+        train_without_flags, str(tmp_path), "--precision-capture", "steps=1", "--precision-dir", f"{tmp_path}/r"
+    )
     assert any("ModuleHooks" in name for name in found), "the look would see it"
 
 
