@@ -230,7 +230,8 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
         hidden = self.text_decoder(
             None if decoder_input is None else split.take(decoder_input, 1).transpose(0, 1).contiguous(),
             split.take(position_ids, -1),
-            packed_seq_params=packed_seq_params or self._packed(split),
+            attention_mask=self._packed(split),
+            packed_seq_params=packed_seq_params,
             features=None if features is None else split.take(features, 1),
         )
         if not self.post_process:
@@ -268,20 +269,18 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
             split.extend(int(longest))
         return split
 
-    def _packed(self, split: SequenceSplit) -> Any:
-        """Return where packed samples begin, in megatron-core's form; the angles are those of each position already."""
-        if split.cu_seqlens is None:
-            return None
-        from megatron.core.packed_seq_params import PackedSeqParams
+    def _packed(self, split: SequenceSplit) -> Tensor | None:
+        """Return where packed samples begin, for our attention to keep them apart; None if nothing is packed.
 
-        if self._engine:
+        It goes where a mask would. megatron-core's own ``PackedSeqParams`` would make its attention take the angles
+        for those of one sample, and 0.12 does so whatever the format.
+        """
+        if split.cu_seqlens is not None and self._engine:
             raise UserError(
                 "packing: TransformerEngine's layers would let the samples of a packed row see each other; set "
                 "text_decoder.use_te to false in model.json, or packing to false in data.json"
             )
-        params = PackedSeqParams(qkv_format="sbhd", cu_seqlens_q=split.cu_seqlens, cu_seqlens_kv=split.cu_seqlens)
-        params.lengths = list(split.lengths)
-        return params
+        return split.cu_seqlens
 
     def _embed(self, input_ids: Tensor, media: dict[str, Any], metadata: Any) -> tuple[Tensor, Tensor | None]:
         if self.image_encoder is None:

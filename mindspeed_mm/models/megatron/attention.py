@@ -68,7 +68,8 @@ class CoreAttention(nn.Module):
             key: (s, b, g, d) or (t, g, d).
             value: as ``key``.
             attention_mask: bool, broadcast to (b, h, s, s), True where a query must *not* see a key, beside what
-                causality hides. Padding at the end of causal input needs none.
+                causality hides. Padding at the end of causal input needs none. Or where packed sequences begin and
+                the last one ends, (n + 1,) integers on the host.
             attn_mask_type: default that of the layer.
             attention_bias: not supported.
             packed_seq_params: whose ``cu_seqlens_q`` (or ``cu_seqlens_q_padded``, where sequences are padded) say
@@ -84,6 +85,8 @@ class CoreAttention(nn.Module):
         if packed:
             query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
         lengths = sequence_lengths(packed_seq_params)
+        if attention_mask is not None and attention_mask.dim() == 1:
+            lengths, attention_mask = attention_mask.diff().tolist(), None
         dropout = self.dropout if self.training else 0.0
         with self._random_state(dropout):
             if self.context_parallel is not None:
