@@ -14,8 +14,8 @@ from mindspeed_mm.distributed.state import data_parallel_group, print_rank_0
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.precision.anomaly import AnomalyRing, read_anomaly_plan
 from mindspeed_mm.precision.capture import Capture
+from mindspeed_mm.precision.frozen_weights import FrozenWeights
 from mindspeed_mm.precision.local_norm import LocalNorms
-from mindspeed_mm.precision.lr_zero import FrozenWeights
 from mindspeed_mm.precision.perturb import Perturbation
 from mindspeed_mm.precision.plan import read_plan
 from mindspeed_mm.precision.record import RecordWriter
