@@ -169,7 +169,8 @@ def test_a_log_writes_steps_and_validation_to_its_sinks(monkeypatch: pytest.Monk
     rows: list[tuple[dict[str, float], int, int]] = []
     sink = SimpleNamespace(write=lambda *row: rows.append(row), close=lambda: rows.append(({}, 0, 0)))
     monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor, group=None: None)
-    monkeypatch.setattr("mindspeed_mm.training.reporting.data_parallel_group", lambda: None)
+    for group in ("data_parallel_group", "loader_group"):
+        monkeypatch.setattr(f"mindspeed_mm.training.reporting.{group}", lambda: None)
     log = TrainingLog(
         train_iters=4,
         log_interval=4,

@@ -32,6 +32,7 @@ def with_dropout(job: Job, hf_folder: Path, tmp_path: Path) -> Job:
     return job
 
 
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2], indirect=True)
 def test_ten_steps_are_five_and_five_with_dropout(with_dropout: Job, ranks: RankPool, tmp_path: Path) -> None:
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     run(ranks, with_dropout, save=straight)
