@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -64,26 +63,15 @@ def create_groups(sizes: ParallelSizes, timeout: timedelta | None = None) -> Non
 
 
 def destroy_groups() -> None:
-    """End the groups, so that others can be created.
-
-    megatron-core itself only forgets most of them, and gloo's have threads that never rest.
-    """
+    """Forget the groups, so that others can be created."""
     global _sizes
     from megatron.core import parallel_state
 
-    for group in {group for value in vars(parallel_state).values() for group in _groups_in(value)}:
-        dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
     # 0.12 keeps these, and the next layout fails on the ranks that are not in them.
     for name in ("_POSITION_EMBEDDING_GLOBAL_RANKS", "_EMBEDDING_GLOBAL_RANKS"):
         setattr(parallel_state, name, None)
     _sizes = None
-
-
-def _groups_in(value: Any) -> list[dist.ProcessGroup]:
-    if isinstance(value, (list, tuple)):
-        return [group for item in value for group in _groups_in(item)]
-    return [value] if isinstance(value, dist.ProcessGroup) and value is not dist.group.WORLD else []
 
 
 def sizes() -> ParallelSizes:
