@@ -16,6 +16,10 @@ from typing import Any
 import torch.multiprocessing as mp
 
 
+_MOST_THREADS = 250
+"""Of a rank; then new ones are started. Each parallel layout leaves groups of gloo, whose threads never rest."""
+
+
 def free_port() -> int:
     """Return a TCP port that nothing listens on right now."""
     with socket.socket() as s:
@@ -41,10 +45,14 @@ def _serve(rank: int, world_size: int, port: int, tasks: mp.Queue, results: mp.Q
     while (task := tasks.get()) is not None:
         function, args, kwargs = task
         try:
-            results.put((rank, True, function(*args, **kwargs)))
+            results.put((rank, True, function(*args, **kwargs), _threads()))
         except BaseException:  # noqa: BLE001 - whatever it was, the test process shows it
-            results.put((rank, False, traceback.format_exc()))
+            results.put((rank, False, traceback.format_exc(), _threads()))
     dist.destroy_process_group()
+
+
+def _threads() -> int:
+    return len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 0
 
 
 class RankPool:
@@ -67,13 +75,15 @@ class RankPool:
             queue.put((function, args, kwargs))
         answers: dict[int, Any] = {}
         failures: list[str] = []
+        most_threads = 0
         for _ in range(self.world_size):
             try:
-                rank, ok, value = self._results.get(timeout=timeout if not failures else 5.0)
+                rank, ok, value, threads = self._results.get(timeout=timeout if not failures else 5.0)
             except Exception:  # noqa: BLE001 - queue.Empty: the rank hangs or was killed
                 exits = [p.exitcode for p in self._processes]
                 failures.append(f"a rank did not answer within {timeout} s; exit codes so far: {exits}")
                 break
+            most_threads = max(most_threads, threads)
             if ok:
                 answers[rank] = value
             else:
@@ -81,6 +91,8 @@ class RankPool:
         if failures:
             self.stop(kill=True)
             raise AssertionError("\n".join(failures))
+        if most_threads > _MOST_THREADS:
+            self.stop(kill=True)
         return [answers[rank] for rank in range(self.world_size)]
 
     def _start(self) -> None:
