@@ -15,7 +15,6 @@ from typing import Any
 
 import torch.multiprocessing as mp
 
-
 _MOST_THREADS = 250
 """Of a rank; then new ones are started. Each parallel layout leaves groups of gloo, whose threads never rest."""
 
