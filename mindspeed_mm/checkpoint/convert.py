@@ -6,7 +6,6 @@ Face folder and exporting one at its end need no conversion; this is for those w
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,7 @@ from mindspeed_mm.checkpoint.hf_folder import FileTensor, open_weights
 from mindspeed_mm.checkpoint.hf_import import check_import
 from mindspeed_mm.checkpoint.hf_layout import ImportStep, plan_import, skeleton
 from mindspeed_mm.checkpoint.optimizer_state import PREFIX
-from mindspeed_mm.checkpoint.publish import RELEASE, TRACKER, find, iteration_of, publish
+from mindspeed_mm.checkpoint.publish import RELEASE, find, publish, publish_copy
 from mindspeed_mm.checkpoint.store import MODEL, write_part
 from mindspeed_mm.checkpoint.tensor_files import DigestingPlanner, TensorReader
 from mindspeed_mm.checkpoint.tensors import listing, named_tensors
@@ -52,14 +51,7 @@ def copy_checkpoint(source_dir: str | Path, target_dir: str | Path) -> Path:
     Raises:
         UserError: there is no checkpoint, or ``target_dir`` has one of that name.
     """
-    source, target = find(source_dir), Path(target_dir)
-    copy = target / source.name
-    if copy.exists():
-        raise UserError(f"{copy} exists already; remove it, or name another folder")
-    shutil.copytree(source, copy)
-    iteration = iteration_of(source)
-    (target / TRACKER).write_text(RELEASE if iteration is None else str(iteration), encoding="utf-8")
-    return copy
+    return publish_copy(find(source_dir), Path(target_dir))
 
 
 def dcp_to_hf(

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mindspeed_mm.checkpoint.coordination import run_together
+from mindspeed_mm.checkpoint.coordination import gather, group_position, run_together
 from mindspeed_mm.checkpoint.hf_export import MAX_SHARD_BYTES, write_hf_folder
 from mindspeed_mm.checkpoint.hf_folder import FileTensor, open_weights
 from mindspeed_mm.checkpoint.hf_import import check_import
@@ -131,18 +131,12 @@ class Senders:
     def __init__(self, boxes: Boxes) -> None:
         self._mine = {(piece.hf_name, piece.offsets): view for piece, view in boxes}
         self._group = host_group("export") if dist.is_initialized() else None
+        self._rank = group_position()[0]
         mine = [_Claim(self._rank, piece, view.dtype) for piece, view in boxes if not piece.replica]
-        claims: list[list[_Claim]] = [mine]
-        if self._group is not None:
-            claims = [[] for _ in range(dist.get_world_size())]
-            dist.all_gather_object(claims, mine, group=self._group)
+        claims: list[list[_Claim]] = gather(mine, self._group)
         self._claims: dict[str, dict[tuple[int, ...], _Claim]] = {}
         for claim in (claim for claims_of_rank in claims for claim in claims_of_rank):
             self._claims.setdefault(claim.piece.hf_name, {}).setdefault(claim.piece.offsets, claim)
-
-    @property
-    def _rank(self) -> int:
-        return dist.get_rank() if dist.is_initialized() else 0
 
     @property
     def names(self) -> list[str]:

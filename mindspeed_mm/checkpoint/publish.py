@@ -80,6 +80,30 @@ def publish(
     return final
 
 
+def publish_copy(source: Path, save_dir: Path) -> Path:
+    """Make a copy of a checkpoint the newest one of ``save_dir``, in one process.
+
+    Raises:
+        UserError: ``save_dir`` has one of that name.
+    """
+    iteration = iteration_of(source)
+    name = RELEASE if iteration is None else folder_name(iteration)
+    final, staging = save_dir / name, save_dir / (name + _STAGING)
+    if final.exists():
+        raise UserError(f"{final} exists already; remove it, or name another folder")
+    _prepare(save_dir, staging)
+    shutil.copytree(source, staging, copy_function=_copy_flushed, dirs_exist_ok=True)
+    _commit(staging, final)
+    return final
+
+
+def _copy_flushed(source: str, target: str) -> None:
+    with open(source, "rb") as old, open(target, "wb") as new:
+        shutil.copyfileobj(old, new)
+        new.flush()
+        os.fsync(new.fileno())
+
+
 def is_checkpoint(folder: Path) -> bool:
     """Return whether ``folder`` holds a distributed checkpoint, be it damaged. DCP writes its ``.metadata`` last."""
     return (folder / ".metadata").is_file() or (folder / manifest.NAME).is_file()

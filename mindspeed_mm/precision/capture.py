@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mindspeed_mm.precision.batch import DERIVED, Samples, read_batch
+from mindspeed_mm.precision.effective import group_settings
 from mindspeed_mm.precision.hooks import ModuleHooks
 from mindspeed_mm.precision.placement import place
 from mindspeed_mm.precision.plan import CapturePlan
@@ -208,7 +209,7 @@ class Capture:
             {
                 "class": type(self.optimizer).__name__,
                 "names": [names.get(id(parameter), "") for parameter in group["params"]],
-                **{key: _plain(value) for key, value in group.items() if key != "params"},
+                **group_settings(group),
             }
             for group in self.optimizer.param_groups
         ]
@@ -284,11 +285,3 @@ def _like(value: Tensor, local: Tensor) -> Tensor:
     return DTensor.from_local(
         local, value.device_mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride()
     )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return float(value)
-    if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, (bool, int, float, str, type(None))) else repr(value)

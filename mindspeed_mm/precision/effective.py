@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -57,8 +57,7 @@ def effective_values(model: nn.Module, optimizer: Optimizer | None = None) -> di
         names = {id(parameter): name for name, parameter in parameters}
         found["optimizer"] = type(optimizer).__name__
         found["groups"] = [
-            {key: _plain(value) for key, value in group.items() if key != "params"}
-            | {"parameters": [names.get(id(p), "") for p in group["params"]]}
+            group_settings(group) | {"parameters": [names.get(id(p), "") for p in group["params"]]}
             for group in optimizer.param_groups
         ]
     found["settings"] = dict(_settings(found, config))
@@ -154,6 +153,11 @@ def _environment() -> Iterator[tuple[str, str]]:
     for name, value in sorted(os.environ.items()):
         if name.startswith((*_VARIABLES, *_MORE_VARIABLES)):
             yield name, value
+
+
+def group_settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an optimizer's group says beside its parameters, as plain values."""
+    return {key: _plain(value) for key, value in group.items() if key != "params"}
 
 
 def _plain(value: Any) -> Any:

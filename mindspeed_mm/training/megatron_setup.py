@@ -9,11 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from mindspeed_mm import accelerator
 from mindspeed_mm.checkpoint.adapters import ADAPTER_NAME
+from mindspeed_mm.checkpoint.coordination import gather
 from mindspeed_mm.distributed import chunks, parallel, state
 from mindspeed_mm.distributed.frozen import freeze
 from mindspeed_mm.distributed.main_parameters import MainParameters, is_expert, named_globally
@@ -97,9 +97,7 @@ def _freeze(bare: Sequence[nn.Module], patterns: Sequence[str]) -> None:
     for pattern in patterns:
         found = [error for chunk in bare if (error := _mistake(chunk, pattern))]
         mistakes.append("" if len(found) < len(bare) else found[0])
-    everybody: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everybody, mistakes)
-    for of_pattern in zip(*everybody, strict=True):
+    for of_pattern in zip(*gather(mistakes), strict=True):
         if all(of_pattern):
             raise UserError(of_pattern[0])
 
@@ -129,9 +127,7 @@ def _whole_model(wrapped: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
             first, *rest = parameter.shape or (1,)
             shape = (first * _copies(parameter), *rest) if parameter.ndim else ()
             mine[name] = (shape, parameter.requires_grad)
-    everybody: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everybody, mine)
-    found = {name: entry for part in everybody for name, entry in part.items()}
+    found = {name: entry for part in gather(mine) for name, entry in part.items()}
     return {
         name: nn.Parameter(torch.empty(shape, device="meta"), requires_grad=trained)
         for name, (shape, trained) in found.items()

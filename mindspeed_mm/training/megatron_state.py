@@ -10,11 +10,11 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from mindspeed_mm.checkpoint.boxes import Box, BoxedTensor, overlap, range_boxes
+from mindspeed_mm.checkpoint.coordination import gather
 from mindspeed_mm.checkpoint.optimizer_state import IMPLEMENTATION, PREFIX, check_groups
 from mindspeed_mm.checkpoint.run_state import Selection
 from mindspeed_mm.distributed.main_parameters import MainParameter, named_globally, unwrap
@@ -49,8 +49,7 @@ class MegatronState:
                 self._pieces[id(parameter)] = layout[name]
                 if id(parameter) not in trained and not parameter.requires_grad:
                     self._others.append((parameter, layout[name]))
-        everybody: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everybody, hf_names)
+        everybody = gather(hf_names)
         self._hf_names = {
             name: sorted({hf for part in everybody for hf in part.get(name, ())}) for part in everybody for name in part
         }

@@ -13,7 +13,8 @@ from torch import nn
 
 from mindspeed_mm import cli
 from mindspeed_mm.checkpoint import store
-from mindspeed_mm.checkpoint.convert import dcp_to_hf, hf_to_dcp
+from mindspeed_mm.checkpoint.convert import copy_checkpoint, dcp_to_hf, hf_to_dcp
+from mindspeed_mm.checkpoint.publish import find
 from mindspeed_mm.errors import UserError
 from tests.checkpoint import hf
 from tests.models.tiny import FAMILIES
@@ -122,6 +123,37 @@ def test_command_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str], monke
             assert code == 0 and out.startswith("wrote "), err
             assert ("not needed" in err) == ("--tie_weight" in command or "--dcp_prefix" in command)
         assert not hf.differing(expected, hf.read_back(tmp_path / f"out{i}", transformers.Qwen3ForCausalLM))
+
+
+def test_megatron_command_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = hf.write_folder(tmp_path / "hf", "qwen2_5_vl", False)
+    monkeypatch.chdir(tmp_path)
+    layout = "--cfg.parallel_config.llm_pp_layers [[1,1]] --cfg.parallel_config.tp_size 2"
+    for command, out in {
+        f"hf_to_mm --cfg.mm_dir mm --cfg.hf_config.hf_dir hf {layout}": "wrote ",
+        f"resplit --cfg.source_dir mm --cfg.target_dir mm2 {layout}": "copied to mm2/release",
+        f"mm_to_hf --cfg.mm_dir mm2 --cfg.hf_config.hf_dir hf --cfg.save_hf_dir out {layout}": "wrote ",
+    }.items():
+        code, said, err = run(capsys, monkeypatch, f"mm-convert Qwen2_5_VLConverter {command}")
+        assert code == 0 and said.startswith(out) and "a checkpoint has no parallel layout" in err, err
+    native = getattr(transformers, hf.config_of("qwen2_5_vl", False).architectures[0])
+    assert not hf.differing(expected, hf.read_back(tmp_path / "out", native))
+
+
+def test_a_copy_is_the_newest_checkpoint_of_its_folder(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    for iteration in (7, 9):
+        store.save(tmp_path / "run", iteration, model=model, optimizer=None, extra={}, rank_state={})
+        copy = copy_checkpoint(tmp_path / "run", tmp_path / "copy")
+        assert (tmp_path / "copy" / "latest_checkpointed_iteration.txt").read_text() == str(iteration)
+        assert sorted(p.name for p in copy.iterdir()) == sorted(p.name for p in find(tmp_path / "run").iterdir())
+    loaded = nn.Linear(3, 2)
+    assert store.load(tmp_path / "copy", model=loaded, optimizer=None).iteration == 9
+    assert torch.equal(loaded.weight, model.weight)
+    with pytest.raises(UserError, match="iter_0000009 exists already"):
+        copy_checkpoint(tmp_path / "run", tmp_path / "copy")
 
 
 def test_mistakes_on_the_command_line(
