@@ -26,7 +26,7 @@ from mindspeed_mm.data.planning import build_sampler
 from mindspeed_mm.data.quarantine import Quarantine
 from mindspeed_mm.data.rows import RowFiles
 from mindspeed_mm.data.sample_cache import SampleCache
-from mindspeed_mm.data.streaming import ConversationStream, as_stream
+from mindspeed_mm.data.streaming import ConversationStream, Source, as_stream
 from mindspeed_mm.data.templates import resolve_template
 from mindspeed_mm.data.video import VideoLimits
 from mindspeed_mm.errors import UserError, did_you_mean
@@ -49,6 +49,8 @@ def build_mm_dataset(dataset_param: Any) -> Any:
     Raises:
         UserError: a key, a file, a row or the processor's folder is not usable.
     """
+    from mindspeed_mm.configs.data import MixtureSource
+
     param = _typed(dataset_param, "dataset_param")
     if param.dataset_type == "multimodal":
         param = as_huggingface(param)
@@ -88,17 +90,20 @@ def build_mm_dataset(dataset_param: Any) -> Any:
     def conversations(
         paths: str, max_samples: int | None, folder: str = basic.dataset_dir
     ) -> tuple[Any, RowFiles, SampleCache]:
-        files = RowFiles([Path(path) for path in paths.split(",")])
+        files = _files(paths)
         cache = SampleCache(param, options, files.paths, read, folder, max_samples)
         rows = cache.rows(lambda: read_conversations(files, read, attr, folder, max_samples, keep_bad))
         return rows, files, cache
 
     named = basic.val_dataset if isinstance(basic.val_dataset, Mapping) else {"": basic.val_dataset}
     tables = {name: conversations(paths, basic.val_max_samples) for name, paths in named.items() if paths}
-    mixture = basic.mixture or []
-    trained = [conversations(one.dataset, one.max_samples, one.dataset_dir or basic.dataset_dir) for one in mixture]
-    if not mixture and not basic.streaming:
-        trained = [conversations(basic.dataset, basic.max_samples)]
+    mixture = basic.mixture or [MixtureSource(dataset=basic.dataset, max_samples=basic.max_samples)]
+    folders = [one.dataset_dir or basic.dataset_dir for one in mixture]
+    trained = []
+    if not basic.streaming:
+        trained = [
+            conversations(one.dataset, one.max_samples, folder) for one, folder in zip(mixture, folders, strict=True)
+        ]
     encoder = ConversationEncoder(options)
     quarantine = None
     if keep_bad:
@@ -112,18 +117,26 @@ def build_mm_dataset(dataset_param: Any) -> Any:
     valid = {name: conversation_set(*table) for name, table in tables.items()}
     if quarantine is not None:
         quarantine.add(bad for dataset in (*train, *valid.values()) for bad in dataset.bad_rows())
-    if mixture:
-        weights = None if mixture[0].weight is None else [one.weight for one in mixture]
-        training: Any = MixedDataset(train, [one.repeat_time for one in mixture], weights)
-    elif basic.streaming:
-        files = RowFiles([Path(path) for path in basic.dataset.split(",")])
-        rows_of = partial(
-            iterate_conversations, read=read, attr=attr, media_folder=basic.dataset_dir, keep_bad=keep_bad
+    if basic.streaming:
+        rows_of = partial(iterate_conversations, read=read, attr=attr, keep_bad=keep_bad)
+        training: Any = ConversationStream(
+            [
+                Source(_files(one.dataset), partial(rows_of, media_folder=folder), int(one.repeat_time), one.weight)
+                for one, folder in zip(mixture, folders, strict=True)
+            ],
+            encoder,
+            quarantine,
         )
-        training = ConversationStream(files, rows_of, encoder, quarantine)
+    elif basic.mixture:
+        weights = None if mixture[0].weight is None else [one.weight for one in mixture]
+        training = MixedDataset(train, [one.repeat_time for one in mixture], weights)
     else:
         (training,) = train
     return (training, valid.get("", valid)) if valid else training
+
+
+def _files(paths: str) -> RowFiles:
+    return RowFiles([Path(path) for path in paths.split(",")])
 
 
 def _keeps_bad(param: Any) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from mindspeed_mm.errors import UserError
 
 if TYPE_CHECKING:
     import datasets
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,14 @@ class ConversationDataset(Dataset[dict[str, torch.Tensor]]):
         return self._as_planned(index, self._encode(row), row)
 
     def _encode(self, row: dict[str, Any]) -> dict[str, torch.Tensor]:
+        return self._made_by(self.encoder.encode, row)
+
+    def _made_by(self, make: Callable[[dict[str, Any], str], _T], row: dict[str, Any]) -> _T:
         where = self.files.where(row["file"], row["row"])
         try:
             if row["problem"]:
                 raise BadSample(where, row["problem"])
-            return self.encoder.encode(row, where)
+            return make(row, where)
         except BadSample as error:
             raise error.at(*self._place(row)) from error.__cause__
 

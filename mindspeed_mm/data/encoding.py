@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 
 from mindspeed_mm.data.audio import load_audio
-from mindspeed_mm.data.images import load_image
+from mindspeed_mm.data.conversations import PLACEHOLDERS
+from mindspeed_mm.data.images import blank_image, image_size, load_image
 from mindspeed_mm.data.processors import load_processor
 from mindspeed_mm.data.prompts import ChatRenderer, Prompt
 from mindspeed_mm.data.quarantine import BadSample
@@ -20,6 +23,7 @@ from mindspeed_mm.errors import UserError
 
 IGNORE_INDEX = -100
 _OF_AUDIO = ("input_features", "input_features_mask", "feature_attention_mask", "input_values")
+_SIZES = 1024  # of images that are remembered
 logger = logging.getLogger(__name__)
 
 
@@ -97,6 +101,7 @@ class ConversationEncoder:
                     self._image_options[key] = value
         self._warned = False
         self._stand_in: dict[str, torch.Tensor] | None = None
+        self._written_for = lru_cache(_SIZES)(self._look_up_written)
 
     def encode(self, row: Mapping[str, Any], where: str) -> dict[str, torch.Tensor]:
         """Return the model inputs of one conversation.
@@ -113,6 +118,18 @@ class ConversationEncoder:
         Raises:
             BadSample: an image cannot be decoded, or the processor, the template or the length refuses the row.
         """
+        return self._encode(row, where, blank=False)
+
+    def count_tokens(self, row: Mapping[str, Any], where: str) -> int:
+        """Return how many tokens `encode` gives, without decoding images and videos; audio is decoded.
+
+        Args and errors are those of `encode`. What it does not find is a file that cannot be decoded. The stand-in of
+        such a row is not longer than what is returned.
+        """
+        count = len(self._encode(row, where, blank=True)["input_ids"])
+        return max(count, len(self.stand_in()["input_ids"])) if any(map(row.get, PLACEHOLDERS)) else count
+
+    def _encode(self, row: Mapping[str, Any], where: str, blank: bool) -> dict[str, torch.Tensor]:
         images = row.get("images") or []
         if images and not self._takes_images:
             raise BadSample(where, f"the row has images but the model in {self.options.folder} takes none")
@@ -127,17 +144,14 @@ class ConversationEncoder:
                 f"the row has videos but the processor in {options.folder} takes none; install torchvision if its "
                 "model does, or remove the row",
             )
-        clips = [load_video(path, where, self.processor.video_processor, options.video) for path in videos]
-        pictures = [load_image(path, where, options.image_max_pixels, options.image_min_pixels) for path in images]
+        clips = [load_video(path, where, self.processor.video_processor, options.video, blank) for path in videos]
+        limits = options.image_max_pixels, options.image_min_pixels
+        pictures = [(image_size if blank else load_image)(path, where, *limits) for path in images]
         longest = getattr(self._hears, "n_samples", None)
         sounds = [load_audio(path, where, self._hears.sampling_rate, longest) for path in audios]
-        try:
+        with _bad_sample(where):
             prompt = self._renderer.render(row)
             sample = self._shorten(*self._tokenize(prompt, pictures, clips, sounds), where)
-        except UserError as error:
-            raise BadSample(where, str(error)) from None
-        except Exception as error:  # templates and processors are the model's own code
-            raise BadSample(where, f"the model's processor refuses this row: {error}") from error
         if (sample["labels"][1:] == IGNORE_INDEX).all():
             raise BadSample(where, "no token of the row has a label, so nothing can be learnt from it; remove it")
         return sample
@@ -172,21 +186,7 @@ class ConversationEncoder:
         sounds: Sequence[Any] = (),
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Return the sample and a mask (L,) of its image tokens."""
-        # As in apply_chat_template: where the template has written the BOS token, a second one would be wrong.
-        bos = self.tokenizer.bos_token
-        has_bos = bos is not None and prompt.text.startswith(bos)
-        special = (not self._is_text_only or prompt.is_document) and not has_bos
-        kwargs: dict[str, Any] = {"return_offsets_mapping": True, "add_special_tokens": special}
-        if pictures:
-            kwargs.update(images=list(pictures), images_kwargs={**self._image_options, "return_tensors": "pt"})
-        if clips:
-            frames, metadata = zip(*clips, strict=True)
-            kwargs.update(videos=list(frames), video_metadata=list(metadata), do_sample_frames=False)
-        if sounds:
-            kwargs.update(audio=list(sounds), sampling_rate=self._hears.sampling_rate)
-        if pictures or clips or sounds:
-            kwargs.update(return_text_replacement_offsets=True)
-        encoded = self.processor(text=[prompt.text], **kwargs)
+        encoded = self._process(prompt, pictures, clips, sounds)
         replaced = encoded.pop("text_replacement_offsets", [[]])[0]
         encoded = encoded.convert_to_tensors("pt")
         starts, ends = encoded.pop("offset_mapping")[0].unbind(-1)
@@ -209,6 +209,40 @@ class ConversationEncoder:
         sample["labels"] = sample["input_ids"].masked_fill(~target | image_tokens, IGNORE_INDEX)
         return sample, image_tokens
 
+    def _process(
+        self, prompt: Prompt, pictures: Sequence[Any], clips: Sequence[tuple[Any, Any]] = (), sounds: Sequence[Any] = ()
+    ) -> Any:
+        """Return what the processor makes of them; sizes in place of pictures stand for blank ones."""
+        # As in apply_chat_template: where the template has written the BOS token, a second one would be wrong.
+        bos = self.tokenizer.bos_token
+        has_bos = bos is not None and prompt.text.startswith(bos)
+        special = (not self._is_text_only or prompt.is_document) and not has_bos
+        kwargs: dict[str, Any] = {"return_offsets_mapping": True, "add_special_tokens": special}
+        if pictures and isinstance(pictures[0], tuple):
+            from transformers import BatchEncoding
+
+            if not clips and not sounds and hasattr(self.processor, "get_text_with_replacements"):
+                written = [self._written_for(size) for size in pictures]
+                texts, replaced = self.processor.get_text_with_replacements([prompt.text], written)
+                return BatchEncoding({**self.tokenizer(texts, **kwargs), "text_replacement_offsets": replaced})
+            pictures = [blank_image(size) for size in pictures]
+        if pictures:
+            kwargs.update(images=list(pictures), images_kwargs={**self._image_options, "return_tensors": "pt"})
+        if clips:
+            frames, metadata = zip(*clips, strict=True)
+            kwargs.update(videos=list(frames), video_metadata=list(metadata), do_sample_frames=False)
+        if sounds:
+            kwargs.update(audio=list(sounds), sampling_rate=self._hears.sampling_rate)
+        if pictures or clips or sounds:
+            kwargs.update(return_text_replacement_offsets=True)
+        return self.processor(text=[prompt.text], **kwargs)
+
+    def _look_up_written(self, size: tuple[int, int]) -> str:
+        """Return what the processor writes for an image of that width and height in place of its mark."""
+        turns = [{"role": "user", "content": PLACEHOLDERS["images"]}, {"role": "assistant", "content": "!"}]
+        prompt = self._renderer.render({"messages": turns, "images": ["blank"]})
+        return self._process(prompt, [blank_image(size)])["text_replacement_offsets"][0][0]["replacement"]
+
     def _shorten(
         self, sample: dict[str, torch.Tensor], image_tokens: torch.Tensor, where: str
     ) -> dict[str, torch.Tensor]:
@@ -229,6 +263,17 @@ class ConversationEncoder:
             self._warned = True
             logger.warning("%s: %s: its end is cut off. Further cuts are not reported.", where, problem)
         return {k: v[:limit] if v.shape == (length,) else v for k, v in sample.items()}
+
+
+@contextmanager
+def _bad_sample(where: str) -> Iterator[None]:
+    """Turn what templates and processors, the model's own code, raise about a row into BadSample."""
+    try:
+        yield
+    except UserError as error:
+        raise BadSample(where, str(error)) from None
+    except Exception as error:
+        raise BadSample(where, f"the model's processor refuses this row: {error}") from error
 
 
 def _moved(span: tuple[int, int], replaced: list[dict[str, Any]]) -> tuple[int, int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from mindspeed_mm.data.quarantine import BadSample
@@ -26,6 +28,43 @@ def load_image(path: str, where: str, max_pixels: int, min_pixels: int) -> Any:
     Raises:
         BadSample: not an image, truncated, or so large that decoding it is a risk.
     """
+    with _opened(path, where) as file:
+        image = file.convert("RGB")
+    return bring_between(image, min_pixels, max_pixels)
+
+
+def image_size(path: str, where: str, max_pixels: int, min_pixels: int) -> tuple[int, int]:
+    """Return width and height of what `load_image` would return, from the head of the file."""
+    with _opened(path, where) as file:
+        return _size_between(file.size, min_pixels, max_pixels)
+
+
+def blank_image(size: tuple[int, int]) -> Any:
+    """Return a black ``PIL.Image.Image`` of mode RGB."""
+    from PIL import Image
+
+    return Image.new("RGB", size)
+
+
+def bring_between(image: Any, min_pixels: int, max_pixels: int) -> Any:
+    """Scale a ``PIL.Image.Image`` so that its area lies between the two, by the nearest pixels."""
+    from PIL import Image
+
+    size = _size_between(image.size, min_pixels, max_pixels)
+    return image if size == image.size else image.resize(size, resample=Image.Resampling.NEAREST)
+
+
+def _size_between(size: tuple[int, int], min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    width, height = size
+    area = width * height
+    if min_pixels <= area <= max_pixels:
+        return size
+    scale = math.sqrt((max_pixels if area > max_pixels else min_pixels) / area)
+    return max(1, int(width * scale)), max(1, int(height * scale))
+
+
+@contextmanager
+def _opened(path: str, where: str) -> Iterator[Any]:
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -36,25 +75,10 @@ def load_image(path: str, where: str, max_pixels: int, min_pixels: int) -> Any:
                 raise BadSample(
                     where, f"image {path} has {width}x{height} pixels, over the limit of {limit}; shrink it"
                 )
-            image = file.convert("RGB")
+            yield file
     except UnidentifiedImageError:
         raise BadSample(where, f"{path} is not an image that Pillow can read; replace the file") from None
     except BadSample:
         raise
     except Exception as error:  # a broken file makes Pillow's decoders stumble in any way
         raise BadSample(where, f"image {path} cannot be decoded: {error}; replace the file") from error
-
-    return bring_between(image, min_pixels, max_pixels)
-
-
-def bring_between(image: Any, min_pixels: int, max_pixels: int) -> Any:
-    """Scale a ``PIL.Image.Image`` so that its area lies between the two, by the nearest pixels."""
-    from PIL import Image
-
-    width, height = image.size
-    area = width * height
-    scale = math.sqrt(max_pixels / area) if area > max_pixels else math.sqrt(min_pixels / area)
-    if area > max_pixels or area < min_pixels:
-        size = max(1, int(width * scale)), max(1, int(height * scale))
-        image = image.resize(size, resample=Image.Resampling.NEAREST)
-    return image

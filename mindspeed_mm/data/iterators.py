@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -12,6 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from mindspeed_mm import accelerator
 from mindspeed_mm.data.samplers import DistributedBatchSampler, Position, as_position, what_differs
+from mindspeed_mm.data.worker_signals import signals_for_this_process_only
 from mindspeed_mm.distributed.state import warn_rank_0
 from mindspeed_mm.errors import UserError
 
@@ -95,7 +94,7 @@ class CyclicIterator:
         Our own loader gives every sample once then, over all ranks together; another is iterated over as it is.
         """
         once = getattr(self.loader, "one_pass", None)
-        with _signals_for_this_process_only():
+        with signals_for_this_process_only():
             return iter(self.loader if once is None else once())
 
     def stand_in(self) -> Any:
@@ -109,12 +108,12 @@ class CyclicIterator:
                 set_epoch(self._epoch)
         if self._batch == 0:
             self._start_state = self._random_state()
-            with _signals_for_this_process_only():
+            with signals_for_this_process_only():
                 return iter(self.loader)
         now = self._random_state()
         if self._start_state is not None:
             self._set_random_state(self._start_state)
-        with _signals_for_this_process_only():
+        with signals_for_this_process_only():
             batches = _open_at(self.loader, self._batch)
         if self._start_state is None:
             self._start_state = now
@@ -214,7 +213,7 @@ class CursorIterator(CyclicIterator):
         self._position = self._position or self.sampler.first
         self.sampler.start_at(self._position, self._taken, endless=self.cyclic)
         before = accelerator.rng_state()  # torch draws a seed for the workers; a resumed run would draw another
-        with _signals_for_this_process_only():
+        with signals_for_this_process_only():
             batches = iter(self.loader)
         accelerator.set_rng_state(before)
         return batches
@@ -252,20 +251,6 @@ class _StartAt:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.sampler, name)
-
-
-@contextmanager
-def _signals_for_this_process_only() -> Iterator[None]:
-    """Start worker processes that never see SIGTERM and SIGINT.
-
-    torchrun and terminals signal whole process groups. Workers would die of it, and with them the step after which
-    the run was going to be saved. They end with this process, or when it is done with them.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _open_at(loader: Iterable[Any], batch: int) -> Iterator[Any]:

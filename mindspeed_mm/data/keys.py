@@ -57,7 +57,7 @@ def check_dataset_keys(param: Any) -> None:
         )
     if basic.mixture:
         _check_mixture(param)
-    elif basic.streaming:
+    if basic.streaming:
         _check_streaming(param)
     for section, keys, why in _WITHOUT_EFFECT:
         given = [key for key in keys if key in getattr(param, section)]
@@ -96,8 +96,6 @@ def _check_mixture(param: Any) -> None:
     where = "data.json: dataset_param.basic_parameters.mixture"
     if basic.dataset:
         raise UserError(f"{where}: there is a 'dataset' beside it; make it an entry of the list, or remove one of them")
-    if basic.streaming:
-        raise UserError(f"{where}: data sets of a mixture cannot be streamed; set streaming to false")
     if len({one.weight is None for one in basic.mixture}) > 1:
         raise UserError(f"{where}: some data sets have a weight and some have not; give it to all or to none")
 
@@ -108,6 +106,18 @@ def _check_streaming(param: Any) -> None:
         if param.basic_parameters.get(key):
             raise UserError(
                 f"{where}: {key} needs the number of rows, which a stream does not tell; remove one of them"
+            )
+    for number, one in enumerate(param.basic_parameters.mixture or []):
+        entry = f"data.json: dataset_param.basic_parameters.mixture.{number}"
+        if one.max_samples:
+            raise UserError(f"{entry}: max_samples needs the number of rows, which a stream does not tell; remove it")
+        if one.repeat_time != 1 and one.weight is not None:
+            raise UserError(
+                f"{entry}: with weights a stream begins anew where it ends; remove repeat_time {one.repeat_time:g}"
+            )
+        if one.repeat_time != int(one.repeat_time) or one.repeat_time < 1:
+            raise UserError(
+                f"{entry}: a stream is read a whole number of times in an epoch; round repeat_time {one.repeat_time:g}"
             )
     if param.on_bad_sample == "quarantine" and isinstance(param.bad_sample_budget, float):
         raise UserError(

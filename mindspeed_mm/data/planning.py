@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from mindspeed_mm.data.batching import IndexWindows, Packs, Plan, Singles, TokenBudget
 from mindspeed_mm.data.order import LengthGroups, SampleOrder
+from mindspeed_mm.data.row_windows import ByLength, RowWindows
 from mindspeed_mm.data.samplers import DistributedBatchSampler, Windows
-from mindspeed_mm.data.streaming import RowWindows, is_stream
+from mindspeed_mm.data.streaming import is_stream
 from mindspeed_mm.errors import UserError
 
 LENGTH_GROUPED = "LengthGroupedSampler"
+_PACKS = 100  # in a window of a stream, at least: one of them is half empty
 
 
 def build_sampler(
@@ -59,17 +62,16 @@ def _source(dataset: Any, param: Any, global_batch_size: int, pack_to: int | Non
     shuffle = param.shuffle and not sequential
     grouped = param.group_data or (param.sampler_type == LENGTH_GROUPED and param.dataloader_mode == "sampler")
     about = {"seed": seed, "shuffle": shuffle}
+    if pack_to:
+        _demand_one(param, "packing", "sequences")
+    elif param.max_seq_len:
+        _demand_one(param, "--use-txt-dynamic-batching", "micro batches")
     if is_stream(dataset):
-        for what, asked in (
-            ("packing", pack_to),
-            ("--use-txt-dynamic-batching", param.max_seq_len),
-            ("--use-data-balance", param.use_data_balance),
-            ("grouping by length", grouped),
-        ):
+        for what, asked in (("--use-data-balance", param.use_data_balance), ("grouping by length", grouped)):
             if asked:
                 raise UserError(f"{what} needs the length of every sample, which a stream does not tell beforehand; "
                                 "set basic_parameters.streaming to false, or leave it out")  # fmt: skip
-        return RowWindows(dataset, shuffle, seed)
+        return RowWindows(dataset, shuffle, seed, _by_length(dataset, param, pack_to))
     order: Any = SampleOrder(getattr(dataset, "shares", len(dataset)), shuffle, seed)
     if grouped:
         if not shuffle:
@@ -78,23 +80,51 @@ def _source(dataset: Any, param: Any, global_batch_size: int, pack_to: int | Non
         about["grouped by"] = global_batch_size
     plan: Plan = Singles()
     if pack_to:
-        _demand_one(param, "packing", "sequences")
         plan = Packs(_tokens(dataset, "packing"), pack_to)
         about["pack"] = pack_to
     elif param.max_seq_len:
-        _demand_one(param, "--use-txt-dynamic-batching", "micro batches")
         tokens = _tokens(dataset, "--use-txt-dynamic-batching")
-        if len(tokens) and tokens.max() > param.max_seq_len:
-            longest = int(tokens.argmax())
-            name = getattr(dataset, "where", "sample {}".format)(longest)
-            raise UserError(
-                f"{name} has {tokens[longest]} tokens, more than --max-seq-len {param.max_seq_len} allows a micro "
-                "batch; raise it, or lower --seq-length"
-            )
-        multiple = param.collate_param.pad_to_multiple_of
-        plan = TokenBudget(tokens, param.max_seq_len, param.dynamic_batch_buffer_size, multiple)
-        about["budget"] = f"{param.max_seq_len} of {param.dynamic_batch_buffer_size}"
+        plan = _budget(tokens, param, getattr(dataset, "where", "sample {}".format))
+        about["budget"] = _about_budget(param)
     return IndexWindows(order, len(dataset), plan, about)
+
+
+def _by_length(stream: Any, param: Any, pack_to: int | None) -> ByLength | None:
+    """Return how the rows of a stream are put together, None for one by one."""
+    if not pack_to and not param.max_seq_len:
+        return None
+    if not hasattr(stream, "tokens_of"):
+        raise UserError(
+            f"{'packing' if pack_to else '--use-txt-dynamic-batching'} needs the length of every row: give the stream "
+            "a method 'tokens_of', which returns the tokens of a row"
+        )
+    workers = param.num_workers or 0
+    if pack_to:
+
+        def packs(rows: list[Any], lengths: np.ndarray) -> Plan:
+            return Packs(lengths, pack_to, len(lengths))
+
+        return ByLength(packs, _PACKS * pack_to, {"units": Packs.name, "pack": pack_to}, workers)
+
+    def budgets(rows: list[Any], lengths: np.ndarray) -> Plan:
+        return _budget(lengths, param, lambda row: getattr(stream, "where", str)(rows[row]))
+
+    return ByLength(budgets, 0, {"units": TokenBudget.name, "budget": _about_budget(param)}, workers)
+
+
+def _budget(tokens: np.ndarray, param: Any, where: Callable[[int], str]) -> TokenBudget:
+    if len(tokens) and tokens.max() > param.max_seq_len:
+        longest = int(tokens.argmax())
+        raise UserError(
+            f"{where(longest)} has {tokens[longest]} tokens, more than --max-seq-len {param.max_seq_len} allows a "
+            "micro batch; raise it, or lower --seq-length"
+        )
+    multiple = param.collate_param.pad_to_multiple_of
+    return TokenBudget(tokens, param.max_seq_len, param.dynamic_batch_buffer_size, multiple)
+
+
+def _about_budget(param: Any) -> str:
+    return f"{param.max_seq_len} of {param.dynamic_batch_buffer_size}"
 
 
 def _demand_one(param: Any, what: str, unit: str) -> None:

@@ -2,13 +2,14 @@
 
 Every rank reads every row, in the training process, and hands those of its own share to its workers, which do the
 work: decode, render, tokenize. So the order is the same for any number of ranks and workers. What is read more than
-once is the text of the rows.
+once is the text of the rows. Where lengths decide, every rank also finds the length of every row, see `measured_rows`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
 
@@ -18,10 +19,8 @@ from torch.utils.data import Dataset
 
 from mindspeed_mm.data.datasets import ConversationDataset
 from mindspeed_mm.data.encoding import ConversationEncoder
-from mindspeed_mm.data.quarantine import Quarantine
+from mindspeed_mm.data.quarantine import BadSample, Quarantine
 from mindspeed_mm.data.rows import RowFiles
-
-WINDOW = 1000
 
 
 class Rows(Protocol):
@@ -66,25 +65,84 @@ class FileRows:
         self._file, self._row = state["file"], state["row"]
 
 
+class ProportionalRows:
+    """The rows of several streams in proportion to their weights, each of which begins anew where it ends.
+
+    There is no end. After any number of rows each stream has given its share of them to within a few.
+
+    Args:
+        open_pass: ``open_pass(number, again)`` returns the rows of a stream, the ``again``-th time from 0.
+        weights: of the streams.
+    """
+
+    def __init__(self, open_pass: Callable[[int, int], Rows], weights: Sequence[float]) -> None:
+        self._open = open_pass
+        self._weights = weights
+        self._taken = [0] * len(weights)
+        self._passes = [0] * len(weights)
+        self._rows = [open_pass(number, 0) for number in range(len(weights))]
+
+    def __iter__(self) -> Iterator[Any]:
+        running = [iter(rows) for rows in self._rows]
+        while True:
+            # The one that waits longest for its next row, if each gave rows at even distances.
+            number = min(range(len(running)), key=lambda n: (self._taken[n] + 1) / self._weights[n])
+            row = next(running[number], None)
+            if row is None:
+                self._passes[number] += 1
+                self._rows[number] = self._open(number, self._passes[number])
+                running[number] = iter(self._rows[number])
+                row = next(running[number])  # RowFiles refuses files without rows
+            self._taken[number] += 1
+            yield row
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position."""
+        states = [rows.state_dict() for rows in self._rows]
+        return {"taken": list(self._taken), "passes": list(self._passes), "rows": states}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the iteration go on there."""
+        self._taken, self._passes = list(state["taken"]), list(state["passes"])
+        self._rows = [self._open(number, again) for number, again in enumerate(self._passes)]
+        for rows, its_state in zip(self._rows, state["rows"], strict=True):
+            rows.load_state_dict(its_state)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of one stream, or of one part of a mixture.
+
+    Attributes:
+        files: to read.
+        read: yields the rows of files as ``iterate_conversations`` does.
+        times: that they are read in an epoch.
+        weight: of its rows, beside those of the others; None takes all rows of all sources in an epoch.
+    """
+
+    files: RowFiles
+    read: Callable[[RowFiles], Iterable[dict[str, Any]]]
+    times: int = 1
+    weight: float | None = None
+
+
 class ConversationStream(ConversationDataset):
     """Conversations that are read while they are trained on. A sample is a row, not the number of one.
 
     Args:
-        files: to read.
-        read: yields the rows of files as ``iterate_conversations`` does.
+        sources: where they are.
         encoder: makes tensors of a row.
         quarantine: see ``ConversationDataset``.
     """
 
     def __init__(
-        self,
-        files: RowFiles,
-        read: Callable[[RowFiles], Iterable[dict[str, Any]]],
-        encoder: ConversationEncoder,
-        quarantine: Quarantine | None = None,
+        self, sources: Sequence[Source], encoder: ConversationEncoder, quarantine: Quarantine | None = None
     ) -> None:
+        files = RowFiles([path for source in sources for path in source.files.paths])
         super().__init__(None, files, encoder, quarantine)
-        self._read = read
+        self.sources = list(sources)
+        self._source_of = [source for source in sources for _ in source.files.paths]
+        self._weights = [source.weight for source in sources if source.weight is not None]
 
     def __len__(self) -> int:
         raise TypeError("a stream has no length")
@@ -93,19 +151,51 @@ class ConversationStream(ConversationDataset):
         """Decode and encode one row; see ``ConversationDataset``."""
         return self._encode(row)
 
+    def tokens_of(self, row: Any) -> int:
+        """Return the length of one row, or of its stand-in; see ``ConversationEncoder.count_tokens``."""
+        try:
+            return self._made_by(self.encoder.count_tokens, row)
+        except BadSample:
+            if self.quarantine is None:
+                raise
+            return len(self.stand_in()["input_ids"])
+
     def stream(self, epoch: int, seed: int | None) -> Rows:
-        """Return the rows of an epoch; with a seed the files come in another order in every epoch."""
-        files = np.arange(len(self.files.paths))
-        if seed is not None:
-            files = np.random.default_rng([seed, epoch]).permutation(files)
-        return FileRows(files.tolist(), self._rows_of)
+        """Return the rows of an epoch; with a seed the files come in another order in every epoch.
+
+        Sources with weights have one epoch, without an end.
+        """
+        parts = [[n for n, its in enumerate(self._source_of) if its is source] for source in self.sources]
+        if self._weights:
+
+            def one_pass(number: int, again: int) -> Rows:
+                return self._in_order(parts[number], None if seed is None else [seed, number, again])
+
+            return ProportionalRows(one_pass, self._weights)
+        files = [file for source, part in zip(self.sources, parts, strict=True) for file in part * source.times]
+        return self._in_order(files, None if seed is None else [seed, epoch])
+
+    def once(self) -> Rows:
+        """Return every row once."""
+        return FileRows(list(range(len(self._source_of))), self._rows_of)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What decides the order of several sources, in plain values."""
+        sources = [[len(source.files.paths), source.times, source.weight] for source in self.sources]
+        return {"sources": sources} if len(sources) > 1 else {}
 
     def where(self, row: Any) -> str:
         """Return file and line (or number) of a row, for messages."""
         return self.files.where(row["file"], row["row"])
 
+    def _in_order(self, files: list[int], seeds: list[int] | None) -> FileRows:
+        if seeds is not None:
+            files = np.random.default_rng(seeds).permutation(files).tolist()
+        return FileRows(files, self._rows_of)
+
     def _rows_of(self, file: int) -> Iterator[dict[str, Any]]:
-        return ({**row, "file": file} for row in self._read(RowFiles([self.files.paths[file]])))
+        return ({**row, "file": file} for row in self._source_of[file].read(RowFiles([self.files.paths[file]])))
 
 
 class StreamedRows(Dataset[Any]):
@@ -133,52 +223,3 @@ def as_stream(dataset: Any) -> Any:
     """Return the data set itself, or in our form if it is a stream of Hugging Face ``datasets``."""
     theirs = hasattr(dataset, "set_epoch") and hasattr(dataset, "load_state_dict") and not hasattr(dataset, "__len__")
     return StreamedRows(dataset) if theirs and not is_stream(dataset) else dataset
-
-
-class RowWindows:
-    """The rows of a stream, window by window; each row is a unit.
-
-    A shuffle permutes the files, and the rows of each window (1000) among themselves, by the seed, the epoch and the
-    window's number. A window is read again from the ``state_dict`` of the rows at its beginning.
-
-    Args:
-        dataset: ``dataset.stream(epoch, seed)`` returns the rows of that epoch, see `Rows`; no seed is no shuffle.
-        shuffle: rows of a window come in random order.
-        seed: decides it.
-    """
-
-    def __init__(self, dataset: Any, shuffle: bool, seed: int) -> None:
-        self.dataset = dataset
-        self.shuffle = shuffle
-        self.seed = seed
-        self.window = WINDOW
-        self.counts: int | None = None
-        self.about = {"units": "rows", "window": WINDOW, "seed": seed, "shuffle": shuffle}
-
-    def windows(self, epoch: int, first: int = 0, state: Any = None) -> Iterator[tuple[list[list[Any]], Any]]:
-        """Yield, from window ``first`` of ``epoch`` on, its rows and the state that it can be read again from."""
-        rows = self.dataset.stream(epoch, self.seed if self.shuffle else None)
-        if state is not None:
-            rows.load_state_dict(state)
-        iterator, number = iter(rows), first
-        if state is None and first:
-            next(islice(iterator, first * self.window - 1, None), None)
-        while True:
-            state = rows.state_dict()
-            if not (part := list(islice(iterator, self.window))):
-                return
-            if self.shuffle:
-                order = np.random.default_rng([self.seed, epoch, number]).permutation(len(part))
-                part = [part[index] for index in order]
-            yield [[row] for row in part], state
-            number += 1
-
-    def one_pass(self) -> Iterator[list[list[Any]]]:
-        """Yield the rows in their own order."""
-        iterator = iter(self.dataset.stream(0, None))
-        while part := list(islice(iterator, self.window)):
-            yield [[row] for row in part]
-
-    def at_least(self) -> int | None:
-        """Return None: a stream tells its end when it is there."""
-        return None

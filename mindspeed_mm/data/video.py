@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mindspeed_mm.data.images import bring_between
+from mindspeed_mm.data.images import blank_image, bring_between
 from mindspeed_mm.data.quarantine import BadSample
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.extras import import_extra
@@ -26,7 +26,9 @@ class VideoLimits:
     min_pixels: int = 16 * 16
 
 
-def load_video(path: str, where: str, processor: Any, limits: VideoLimits) -> tuple[np.ndarray, Any]:
+def load_video(
+    path: str, where: str, processor: Any, limits: VideoLimits, blank: bool = False
+) -> tuple[np.ndarray, Any]:
     """Decode the frames of a video that its model is to see.
 
     The model's video processor chooses them, at ``limits.fps`` frames per second; where it chooses more than
@@ -37,6 +39,7 @@ def load_video(path: str, where: str, processor: Any, limits: VideoLimits) -> tu
         where: names the row in errors.
         processor: the model's video processor.
         limits: how many frames, and how large.
+        blank: decode nothing and return black frames of the same size.
 
     Returns:
         The frames, uint8 of shape (T, H, W, 3), and their ``VideoMetadata``.
@@ -52,7 +55,9 @@ def load_video(path: str, where: str, processor: Any, limits: VideoLimits) -> tu
             indices = _choose(metadata, processor, where, path, limits.fps)
             if len(indices) > limits.maxlen:
                 indices = np.linspace(0, metadata.total_num_frames - 1, limits.maxlen).round().astype(int).tolist()
-            frames = [bring_between(frame, limits.min_pixels, limits.max_pixels) for frame in video.frames(indices)]
+            size = metadata.width, metadata.height
+            taken = [blank_image(size)] * len(indices) if blank else video.frames(indices)
+            frames = [bring_between(frame, limits.min_pixels, limits.max_pixels) for frame in taken]
     except UserError:
         raise
     except Exception as error:  # decoders stumble over broken files in any way

@@ -25,6 +25,7 @@ from mindspeed_mm.data.planning import build_sampler
 from mindspeed_mm.errors import UserError
 
 SEED, GLOBAL, SAMPLES = 5, 8, 43
+LENGTHS = np.random.default_rng(0).integers(1, 60, SAMPLES).tolist()
 
 
 class Ids(Dataset):
@@ -58,6 +59,13 @@ class Rows(Dataset):
     def __getitem__(self, row: dict[str, int]) -> int:
         return row["id"]
 
+    def tokens_of(self, row: dict[str, int]) -> int:
+        return LENGTHS[row["id"]]
+
+
+class Unmeasured(Rows):
+    tokens_of = property()  # as if there were none
+
 
 def read(files: list[list[int]]) -> Iterator[dict[str, int]]:
     for file in files:
@@ -71,7 +79,7 @@ def mixed() -> MixedDataset:
 def job(ranks: int, make: Callable[[], Any] = Ids, micro: int = 1, workers: int = 0, pack_to: int | None = None,
         size: int = GLOBAL, **param: Any) -> list[CursorIterator]:  # fmt: skip
     """Return the iterator of every rank."""
-    typed = DataloaderParam(batch_size=micro, seed=SEED, global_batch_size=size, **param)
+    typed = DataloaderParam(batch_size=micro, seed=SEED, global_batch_size=size, num_workers=workers, **param)
     iterators = []
     for rank in range(ranks):
         dataset = make()
@@ -115,14 +123,19 @@ JOBS: dict[str, dict[str, Any]] = {
     "grouped": {"sampler_type": "LengthGroupedSampler"},
     "mixed": {"make": mixed, "drop_last": False},
     "streamed": {"make": Rows, "drop_last": False},
+    "packed stream": {"make": Rows, "pack_to": 100, "drop_last": False, "size": 4},
+    "token budget of a stream": {
+        **{"make": Rows, "max_seq_len": 120, "dynamic_batch_buffer_size": 7, "drop_last": False, "size": 4},
+    },
     "balanced": {"use_data_balance": True},
 }
 
 
 @pytest.mark.parametrize("name", JOBS)
 def test_a_job_can_be_resumed_from_every_step_at_any_world_size(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mindspeed_mm.data.streaming.WINDOW", 10)
+    monkeypatch.setattr("mindspeed_mm.data.row_windows.WINDOW", 10)
     monkeypatch.setattr("mindspeed_mm.data.batching._PACKS_IN_WINDOW", 5)
+    monkeypatch.setattr("mindspeed_mm.data.planning._PACKS", 5)
     options = JOBS[name]
     straight, states, steps = job(2, **options), [], []
     for _ in range(13):  # more than two epochs
@@ -154,9 +167,13 @@ def test_the_order_is_what_numpy_says_for_every_split(samples: int, drop_last: b
             assert [ids(step(iterators)) for _ in range(12)] == expected, (ranks, micro)
 
 
-@pytest.mark.parametrize("name", ["nothing left out", "in order", "packed", "token budget", "streamed"])
+@pytest.mark.parametrize(
+    "name",
+    ["nothing left out", "in order", "packed", "token budget", "streamed", "packed stream", "token budget of a stream"],
+)
 def test_every_epoch_gives_every_sample_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mindspeed_mm.data.streaming.WINDOW", 10)
+    monkeypatch.setattr("mindspeed_mm.data.row_windows.WINDOW", 10)
+    monkeypatch.setattr("mindspeed_mm.data.planning._PACKS", 5)
     iterators = job(2, **JOBS[name])
     seen: list[int] = []
     while len(seen) < 5 * SAMPLES:
@@ -165,7 +182,7 @@ def test_every_epoch_gives_every_sample_once(name: str, monkeypatch: pytest.Monk
         assert sorted(seen[epoch * SAMPLES : (epoch + 1) * SAMPLES]) == list(range(SAMPLES)), epoch
 
 
-@pytest.mark.parametrize("name", ["one by one", "packed", "mixed", "streamed"])
+@pytest.mark.parametrize("name", ["one by one", "packed", "mixed", "streamed", "packed stream"])
 def test_workers_and_another_micro_batch_change_nothing(name: str) -> None:
     options = JOBS[name]
     straight = job(1, **options)
@@ -182,6 +199,61 @@ def test_workers_and_another_micro_batch_change_nothing(name: str) -> None:
     assert [ids(step(working)) for _ in range(3)] == steps[2:5]
     if "pack_to" not in options:
         assert [ids(step(it)) for it in [resumed(state, 2, micro=2, **options)] for _ in range(4)] == steps[5:]
+
+
+class FewRows(Rows):
+    """Eleven rows in one file, three windows of four rows and ten tokens: {0, 1, 2, 3}, {4, 5, 6, 7, 8}, {9, 10}."""
+
+    def __init__(self) -> None:
+        self.files = [list(range(11))]
+
+    def tokens_of(self, row: dict[str, int]) -> int:
+        return [6, 3, 4, 2, 1, 2, 1, 2, 9, 10, 3][row["id"]]
+
+
+PACKS = [[0, 2], [1, 3], [4, 8], [5, 6, 7], [9], [10]]  # by hand: best fit decreasing, ten tokens to a pack
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_packs_of_a_stream_are_those_made_by_hand(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mindspeed_mm.data.row_windows.WINDOW", 4)
+    monkeypatch.setattr("mindspeed_mm.data.planning._PACKS", 1)
+    options = {"make": FewRows, "pack_to": 10, "size": 4, "drop_last": False, "shuffle": False, "workers": workers}
+    first, *others = [PACKS[:4], PACKS[4:] + PACKS[:2], PACKS[2:]]  # two epochs, then the same again
+    straight = job(2, **options)
+    for expected in (first, *others, first):
+        state = stored(straight)
+        for ranks in (1, 2) if workers else (1, 2, 4):
+            assert step(resumed(state, ranks, **options)) == expected
+        assert step(straight) == expected
+    assert list(chain.from_iterable(straight[0].sampler.source.one_pass())) == [
+        [{"id": number} for number in pack] for pack in PACKS
+    ]
+
+
+def test_a_position_in_a_packed_stream_reads_no_window_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mindspeed_mm.data.row_windows.WINDOW", 10)
+    monkeypatch.setattr("mindspeed_mm.data.planning._PACKS", 1)
+    options = {"make": lambda: CountingRows(900), "pack_to": 50, "size": 4}
+    straight = job(1, **options)
+    for _ in range(30):
+        step(straight)
+    (again,) = resumed(stored(straight), 1, **options)
+    measured = len(again.loader.dataset.measured)
+    step([again])
+    assert measured == 0 and 4 <= len(again.loader.dataset.measured) <= 40 < len(straight[0].loader.dataset.measured)
+
+
+class CountingRows(Rows):
+    """Remembers the rows whose length was asked for."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__(rows)
+        self.measured: list[int] = []
+
+    def tokens_of(self, row: dict[str, int]) -> int:
+        self.measured.append(row["id"])
+        return 1 + row["id"] % 30
 
 
 def test_nothing_is_fetched_to_get_to_a_position() -> None:
@@ -252,6 +324,10 @@ def test_a_position_within_a_global_batch_needs_a_micro_batch_that_reaches_it() 
     [
         ({"max_seq_len": 30}, r"has \d+ tokens, more than --max-seq-len 30"),
         ({"max_seq_len": 60, "micro": 2}, r"--use-txt-dynamic-batching .*set --micro-batch-size 1"),
+        ({"make": Rows, "max_seq_len": 30}, r"has \d+ tokens, more than --max-seq-len 30"),
+        ({"make": Rows, "pack_to": 60, "micro": 2}, r"packing decides .*set --micro-batch-size 1"),
+        ({"make": Unmeasured, "pack_to": 60}, r"packing needs the length of every row: give .* 'tokens_of'"),
+        ({"make": Rows, "sampler_type": "LengthGroupedSampler"}, r"grouping by length needs .* a stream"),
         ({"make": Rows, "use_data_balance": True}, r"balance needs the length of every sample, which a stream"),
         ({"make": lambda: list(range(20)), "use_data_balance": True}, r"give list an attribute 'sizes'"),
         ({"ranks": 3}, r"global batch of 8 cannot be split .* multiple of 3"),
@@ -259,4 +335,4 @@ def test_a_position_within_a_global_batch_needs_a_micro_batch_that_reaches_it() 
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        job(**{"ranks": 1, **options})
+        step(job(**{"ranks": 1, **options}))
