@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pickle
 import re
+from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from mindspeed_mm.data.encoding import IGNORE_INDEX, ConversationEncoder, EncodingOptions
 from mindspeed_mm.errors import UserError
@@ -141,6 +142,41 @@ def test_image_limits(encoder, pictures):
     assert size() == (40, 64)
     assert size(image_max_pixels=16 * 26, image_min_pixels=1) == (16, 24)
     assert size(image_min_pixels=48 * 77, image_max_pixels=10**6) == (48, 80)
+
+
+@pytest.mark.parametrize("family", [*VISION, "text"])
+def test_tokens_are_counted_without_decoding_a_picture(family, encoder, pictures, tmp_path, monkeypatch):
+    for size in ((7, 90), (200, 31)):
+        Image.new("RGB", size).save(tmp_path / f"{size[0]}.png")
+    odd = [str(tmp_path / "7.png"), str(tmp_path / "200.png")]
+    document = [{"role": "document", "content": "A page." if family == "text" else "A <image> page. <image>"}]
+    rows = [row(conversation(images=False)), row(document, [] if family == "text" else odd)]
+    if family != "text":
+        rows += [row(conversation(), pictures), row(conversation(), odd), row(conversation(), [pictures[0]] * 2)]
+    for options in ({}, {"crop_to_patches": True}, {"image_max_pixels": 600, "image_min_pixels": 500}):
+        enc = encoder(family, **options)
+        expected = [len(enc.encode(one, "row")["input_ids"]) for one in rows]
+        with monkeypatch.context() as patch:
+            patch.setattr(ImageFile.ImageFile, "load", None)  # decodes
+            assert [enc.count_tokens(one, "row") for one in rows] == expected
+    longest = rows[-1]
+    enc = encoder(family, seq_length=len(encoder(family).encode(longest, "row")["input_ids"]) - 2)
+    assert enc.count_tokens(longest, "row") == len(enc.encode(longest, "row")["input_ids"]) == enc.options.seq_length
+
+
+def test_a_row_that_cannot_be_counted_is_one_that_cannot_be_encoded(encoder, pictures, tmp_path):
+    (tmp_path / "a.png").write_text("hello")
+    (tmp_path / "b.png").write_bytes(Path(pictures[0]).read_bytes()[:-200])
+    for path, seq_length in (("a.png", None), (pictures[0], 30), (pictures[0], 150)):
+        enc = encoder("qwen3_vl", seq_length=seq_length)
+        turns = [{"role": "user", "content": "<image>" + "What? " * 40}, {"role": "assistant", "content": "x"}]
+        said = []
+        for attempt in (enc.encode, enc.count_tokens):
+            with pytest.raises(UserError) as raised:
+                attempt(row(turns, [str(tmp_path / path)]), "row")
+            said.append(str(raised.value))
+        assert said[0] == said[1]
+    assert encoder("qwen3_vl").count_tokens(row(turns, [str(tmp_path / "b.png")]), "row") > 100  # only decoding tells
 
 
 def test_crop_to_patches_of_internvl(encoder, pictures):

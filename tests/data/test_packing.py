@@ -150,24 +150,28 @@ def test_packing_needs_the_model_s_config(dataset_param: Callable[..., dict[str,
 def test_an_epoch_of_packs_is_an_epoch_of_samples(
     dataset_param: Callable[..., dict[str, Any]], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Loss, number of targets and gradients of all digits, packed by a worker, and two to a batch of padded ones."""
+    """Loss, number of targets and gradients of all digits: two to a batch of padded ones, packed, and streamed so."""
     folder = save_tiny_hf_folder("qwen3_vl", tmp_path_factory.mktemp("model"))
     rows = save_digits(tmp_path)
     for number, row in enumerate(rows):
         row["messages"][1]["content"] += " And so on." * number
     found = []
-    for packing in (False, True):
-        param = dataset_param(rows, packing=packing, seq_length=200)
+    for packing, streaming in ((False, False), (True, False), (True, True)):
+        param = dataset_param(rows, packing=packing, seq_length=200, streaming=streaming)
         param["preprocess_parameters"]["model_name_or_path"] = str(folder)
         dataset = build_mm_dataset(param)
-        lengths = [len(dataset[index]["input_ids"]) for index in range(8)]
-        loader = build_mm_dataloader(dataset, {"batch_size": 2 - packing, "num_workers": int(packing)})
+        options = {"batch_size": 2 - packing, "num_workers": int(packing), "drop_last": not streaming}
+        loader = build_mm_dataloader(dataset, options)
         model = TransformersModel({"init_from_hf_path": str(folder), "loss_cfg": {"loss_type": "per_token_loss"}})
         outputs = [model(**batch) for batch in loader]
         loss = sum(output["loss"] for output in outputs) / sum(output["token_nums"] for output in outputs)
         loss.backward()
         found.append((loss, len(outputs), [p.grad for p in model.parameters()]))
-    (padded, batches, wanted), (packed, packs, gradients) = found
-    assert batches == 4 and sum(lengths) / 200 <= packs < 8
-    torch.testing.assert_close(packed, padded, rtol=1e-6, atol=0)
-    torch.testing.assert_close(gradients, wanted, rtol=0, atol=1e-5)
+        if not packing:
+            lengths = [len(dataset[index]["input_ids"]) for index in range(8)]
+    (padded, batches, wanted), *others = found
+    assert batches == 4
+    for packed, packs, gradients in others:
+        assert sum(lengths) / 200 <= packs < 8
+        torch.testing.assert_close(packed, padded, rtol=1e-6, atol=0)
+        torch.testing.assert_close(gradients, wanted, rtol=0, atol=1e-5)

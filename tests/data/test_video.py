@@ -142,6 +142,19 @@ def test_a_row_with_a_video(clip, folder):
     assert "<|video_pad|>" not in everything.tokenizer.decode(labels[labels >= 0])
 
 
+def test_tokens_of_a_video_are_counted_without_decoding_it(clip, folder, monkeypatch):
+    picture = str(Path(clip).with_suffix(".png"))
+    frames_of(clip, [0])[0].save(picture)
+    turns = [{"role": "user", "content": "<video>What moves?<image>"}, {"role": "assistant", "content": "A temple."}]
+    row = {"messages": turns, "videos": [clip], "images": [picture]}
+    for limits in (VideoLimits(), VideoLimits(fps=5.0, maxlen=6), VideoLimits(max_pixels=32 * 24)):
+        encoder = ConversationEncoder(EncodingOptions(str(folder), video=limits))
+        expected = len(encoder.encode(row, "row")["input_ids"])
+        with monkeypatch.context() as patch:
+            patch.setattr("mindspeed_mm.data.video._Pictures.frames", None)
+            assert encoder.count_tokens(row, "row") == expected
+
+
 def test_frames_are_resized_as_pillow_does(clip, folder):
     processor = load_processor(folder).video_processor
     frames = np.stack([np.asarray(frame) for frame in frames_of(clip, [0, 1])])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.data.tiny import write_jsonl
 from tests.ranks import RankPool
 from tests.training.job import SCRIPTS, Job, launch, run_here
 from tests.training.test_resume import losses, tensors
@@ -103,10 +104,15 @@ def test_four_ranks_whose_iterators_end_at_different_steps_end_with_the_reason(n
 
 
 def from_data_json(job: Job, kind: str) -> None:
-    """Let the job stream its rows, or mix two parts of them."""
+    """Let the job stream its rows, mix two parts of them, or pack what it streams from two files."""
     basic = job.data["dataset_param"]["basic_parameters"]
     if kind == "streamed":
         basic["streaming"] = True
+    elif kind == "packed streams":
+        files = [write_jsonl(job.folder / f"part{n}.jsonl", job.rows[n::2]) for n in range(2)]
+        basic["mixture"] = [{"dataset": str(file), "weight": 1 + n} for n, file in enumerate(files)]
+        basic |= {"dataset": None, "streaming": True, "packing": True}
+        job.flags["seq-length"] = 150
     else:
         source = {"dataset": basic.pop("dataset"), "dataset_dir": str(job.folder), "max_samples": 5, "weight": 1}
         basic["mixture"] = [source, {**source, "max_samples": 3, "weight": 2}]
@@ -115,7 +121,7 @@ def from_data_json(job: Job, kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["streamed", "mixed"])
+@pytest.mark.parametrize("kind", ["streamed", "mixed", "packed streams"])
 def test_a_run_from_data_json_is_resumed_bit_for_bit(kind: str, job: Job, ranks2: RankPool, tmp_path: Path) -> None:
     from_data_json(job, kind)
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
@@ -134,14 +140,14 @@ def test_a_run_from_data_json_is_resumed_bit_for_bit(kind: str, job: Job, ranks2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["streamed", "mixed"])
+@pytest.mark.parametrize("kind", ["streamed", "mixed", "packed streams"])
 def test_a_run_from_data_json_goes_on_at_another_world_size(
     kind: str, job: Job, ranks1: RankPool, ranks2: RankPool, tmp_path: Path
 ) -> None:
-    from_data_json(job, kind)
-    job.flags |= {"calculate-per-token-loss": True, "global-batch-size": 6, "train-iters": 5, "lr-decay-iters": 5}
     for number, row in enumerate(job.rows):  # so that another sample is another loss
         row["messages"][1]["content"] += " Surely." * number
+    from_data_json(job, kind)
+    job.flags |= {"calculate-per-token-loss": True, "global-batch-size": 6, "train-iters": 5, "lr-decay-iters": 5}
     train(ranks2, job, save=tmp_path / "straight")
     expected = losses(tmp_path / "straight")
     for first, second in ((ranks2, ranks1), (ranks1, ranks2)):
