@@ -33,6 +33,8 @@ COMPARE_AT = 60
 SAVE_EVERY = 20
 KILL_AFTER = 40
 
+DATA_WAIT = 0.02  # of the training time, at most
+
 
 def step(title: str) -> None:
     """Print the headline of a step with the seconds since the start."""
@@ -67,6 +69,13 @@ def data_wait(save: Path) -> float:
     """Return the share of the training time, without the first step, that was spent waiting for batches."""
     rows = metrics(save)[1:]
     return sum(row["data_wait_time"] for row in rows) / sum(row["step_time"] for row in rows)
+
+
+def about_data_wait(save: Path) -> str:
+    """Say whether the target is reached. A busy machine may miss it, so the run goes on."""
+    share = data_wait(save)
+    verdict = "reached" if share <= DATA_WAIT else "MISSED"
+    return f"waiting for data: {share:.2%} of the steps; target at most {DATA_WAIT:.0%} {verdict}"
 
 
 def kill_after(process: subprocess.Popen[bytes], save: Path, iteration: int) -> None:
@@ -127,7 +136,7 @@ def main() -> None:
 
     step("train: Qwen3-VL architecture, 2 million parameters, from random weights, two FSDP2 ranks")
     finish(train(STRAIGHT, "--export-hf", str(OUT / "export")))
-    print(f"waiting for data took {data_wait(STRAIGHT):.2%} of the steps")
+    print(about_data_wait(STRAIGHT))
 
     step("evaluate: generate() on held-out pictures, from the exported Hugging Face folder")
     evaluation = subprocess.run([sys.executable, HERE / "evaluate.py"])

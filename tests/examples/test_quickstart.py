@@ -82,9 +82,13 @@ def test_a_loss_or_a_weight_that_changed_is_seen(
             run.compare()
 
 
-def test_the_share_of_waiting_leaves_out_the_first_step(tmp_path: Path) -> None:
+def test_the_share_of_waiting_leaves_out_the_first_step_and_is_held_against_its_target(tmp_path: Path) -> None:
     rows = [{"iteration": i, "loss": 1.0, "step_time": t, "data_wait_time": w}
             for i, t, w in ((1, 9.0, 8.0), (2, 0.5, 0.01), (3, 1.5, 0.03))]  # fmt: skip
     lines = [*map(json.dumps, rows), json.dumps({"iteration": 3, "validation loss": 1.0}), '{"iteration": 4, "lo']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    assert load_script("run").data_wait(tmp_path) == pytest.approx(0.02)
+    run = load_script("run")
+    assert run.data_wait(tmp_path) == pytest.approx(0.02)
+    assert run.about_data_wait(tmp_path) == "waiting for data: 2.00% of the steps; target at most 2% reached"
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines).replace("0.03", "0.031"))
+    assert run.about_data_wait(tmp_path) == "waiting for data: 2.05% of the steps; target at most 2% MISSED"
