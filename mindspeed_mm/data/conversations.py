@@ -76,9 +76,10 @@ def iterate_conversations(
     media_folder: str | Path,
     max_samples: int | None = None,
     keep_bad: bool = False,
+    skip: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the rows one by one; see :func:`read_conversations`."""
-    for file, row, value in islice(files, max_samples):
+    """Yield the rows one by one, without the first ``skip`` of each file; see :func:`read_conversations`."""
+    for file, row, value in islice(files.rows(skip), max_samples):
         try:
             if isinstance(value, Unreadable):
                 raise FormatError(value.reason)

@@ -95,7 +95,8 @@ class RowWindows:
         begin: Any = None
         for part, found, state in measure_pieces(pieces, self.dataset, self.by_length.workers, least):
             begin = begin if window else state
-            window, lengths = window + part, lengths + found
+            window += part
+            lengths += found
             if len(window) >= self.window and sum(lengths) >= least:
                 yield window, np.array(lengths), begin
                 window, lengths = [], []

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from glob import glob, has_magic
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,13 @@ class RowFiles:
 
     def __iter__(self) -> Iterator[tuple[int, int, Any]]:
         """Yield ``(file, row, value)`` for every row; a value is a dict, or `Unreadable`."""
+        return self.rows()
+
+    def rows(self, skip: int = 0) -> Iterator[tuple[int, int, Any]]:
+        """Yield what ``__iter__`` does without the first ``skip`` rows of each file, which are not parsed."""
         for file, (path, read) in enumerate(zip(self.paths, self._readers, strict=True)):
-            found = False
-            for number, value in read(path):
+            found = skip > 0
+            for number, value in read(path, skip):
                 found = True
                 if not isinstance(value, dict | Unreadable):
                     value = Unreadable(f"a row must be a JSON object, found {type(value).__name__}")
@@ -73,7 +78,7 @@ def _expand(path: Path) -> list[Path]:
     return sorted(found)
 
 
-def _reader(path: Path) -> Callable[[Path], Iterator[Row]]:
+def _reader(path: Path) -> Callable[[Path, int], Iterator[Row]]:
     if not path.is_file():
         raise UserError(f"{path}: no such data file; check basic_parameters.dataset in data.json")
     reader = _READERS.get(path.suffix.lower())
@@ -99,7 +104,7 @@ def _reader(path: Path) -> Callable[[Path], Iterator[Row]]:
 _BOM = b"\xef\xbb\xbf"
 
 
-def _read_list(path: Path) -> Iterator[Row]:
+def _read_list(path: Path, skip: int) -> Iterator[Row]:
     # A byte that is no UTF-8 only spoils the row that it is in: it becomes a lone surrogate, which no text may have.
     text = path.read_bytes().removeprefix(_BOM).decode("utf-8", "surrogateescape")
     try:
@@ -108,15 +113,20 @@ def _read_list(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}:{error.lineno}: broken JSON: {error.msg} (column {error.colno})") from None
     except (RecursionError, ValueError) as error:
         raise UserError(f"{path}: broken JSON: {error}") from None
-    yield from enumerate(rows, start=1)
+    yield from islice(enumerate(rows, start=1), skip, None)
 
 
-def _read_lines(path: Path) -> Iterator[Row]:
+def _read_lines(path: Path, skip: int) -> Iterator[Row]:
+    yield from ((number, _parse(line)) for number, line in islice(_lines(path), skip, None))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines that are not empty, each with its number."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             line = line.removeprefix(_BOM) if number == 1 else line
             if line.strip():
-                yield number, _parse(line)
+                yield number, line
 
 
 def _parse(line: bytes) -> Any:
@@ -130,21 +140,23 @@ def _parse(line: bytes) -> Any:
         return Unreadable(f"broken JSON: {error}; each line must hold one object")
 
 
-def _read_text(path: Path) -> Iterator[Row]:
+def _read_text(path: Path, skip: int) -> Iterator[Row]:
+    found = 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             text = (line.removeprefix(_BOM) if number == 1 else line).decode("utf-8", "surrogateescape")
-            if text.strip():
+            found += bool(text.strip())
+            if text.strip() and found > skip:
                 yield number, {"text": text.rstrip("\r\n")}
 
 
-def _read_csv(path: Path) -> Iterator[Row]:
+def _read_csv(path: Path, skip: int) -> Iterator[Row]:
     # The size of a field is checked with the row, not here.
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.reader(file)
         header = next(rows)
-        for number, row in enumerate(rows, start=1):
+        for number, row in islice(enumerate(rows, start=1), skip, None):
             if len(row) != len(header):
                 yield number, Unreadable(f"{len(row)} fields, the header names {len(header)} columns")
             else:
@@ -161,7 +173,7 @@ def _cell(text: str) -> Any:
     return text
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
+def _read_parquet(path: Path, skip: int) -> Iterator[Row]:
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
@@ -169,9 +181,9 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     try:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1000):
-                for index in range(len(batch)):
-                    number += 1
-                    yield number, _arrow_row(batch, index)
+                for index in range(max(0, skip - number), len(batch)):
+                    yield number + index + 1, _arrow_row(batch, index)
+                number += len(batch)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read as Parquet after row {number}: {error}") from None
 
@@ -183,7 +195,7 @@ def _arrow_row(batch: Any, index: int) -> Any:
         return Unreadable(f"not UTF-8 text: {error.reason}")
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+_READERS: dict[str, Callable[[Path, int], Iterator[Row]]] = {
     ".json": _read_lines,
     ".jsonl": _read_lines,
     ".csv": _read_csv,

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,21 +36,21 @@ class Rows(Protocol):
 
 
 class FileRows:
-    """The rows of several files. To get to a position, the rows before it in its file are read and passed over.
+    """The rows of several files.
 
     Args:
         files: their numbers, in the order to read them.
-        read: yields the rows of a file.
+        read: ``read(file, skip)`` yields the rows of a file without the first ``skip``.
     """
 
-    def __init__(self, files: list[int], read: Callable[[int], Iterable[Any]]) -> None:
+    def __init__(self, files: list[int], read: Callable[[int, int], Iterable[Any]]) -> None:
         self.files = files
         self.read = read
         self._file, self._row = 0, 0
 
     def __iter__(self) -> Iterator[Any]:
         while self._file < len(self.files):
-            for row in islice(self.read(self.files[self._file]), self._row, None):
+            for row in self.read(self.files[self._file], self._row):
                 self._row += 1
                 yield row
             self._file, self._row = self._file + 1, 0
@@ -115,13 +114,13 @@ class Source:
 
     Attributes:
         files: to read.
-        read: yields the rows of files as ``iterate_conversations`` does.
+        read: ``read(files, skip=0)`` yields their rows as ``iterate_conversations`` does.
         times: that they are read in an epoch.
         weight: of its rows, beside those of the others; None takes all rows of all sources in an epoch.
     """
 
     files: RowFiles
-    read: Callable[[RowFiles], Iterable[dict[str, Any]]]
+    read: Callable[..., Iterable[dict[str, Any]]]
     times: int = 1
     weight: float | None = None
 
@@ -194,8 +193,9 @@ class ConversationStream(ConversationDataset):
             files = np.random.default_rng(seeds).permutation(files).tolist()
         return FileRows(files, self._rows_of)
 
-    def _rows_of(self, file: int) -> Iterator[dict[str, Any]]:
-        return ({**row, "file": file} for row in self._source_of[file].read(RowFiles([self.files.paths[file]])))
+    def _rows_of(self, file: int, skip: int) -> Iterator[dict[str, Any]]:
+        rows = self._source_of[file].read(RowFiles([self.files.paths[file]]), skip=skip)
+        return ({**row, "file": file} for row in rows)
 
 
 class StreamedRows(Dataset[Any]):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
-from itertools import chain
+from collections.abc import Callable, Iterator
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,11 @@ from mindspeed_mm.data import build_mm_dataloader, build_mm_dataset
 from mindspeed_mm.data.iterators import CursorIterator, build_iterations, iterate
 from mindspeed_mm.data.loaders import MultiModalDataLoader
 from mindspeed_mm.data.planning import build_sampler
+from mindspeed_mm.data.rows import RowFiles
+from mindspeed_mm.data.streaming import FileRows
 from mindspeed_mm.errors import UserError
+from tests.data.test_formats import WRITERS
+from tests.data.test_packing import log_normal
 from tests.data.tiny import save_digits, write_jsonl
 from tests.training.job import save_tiny_hf_folder
 
@@ -74,7 +78,7 @@ def step(iterators: list[CursorIterator]) -> list[list[str]]:
 def test_streams_are_mixed_in_proportion_and_begin_anew(mixture: Callable[..., dict[str, Any]]) -> None:
     dataset = build_mm_dataset(mixture({"a": 3, "b": 2}, [{"weight": 2}, {"weight": 1}]))
     (straight,) = ranks_of(1, dataset, shuffle=False)
-    by_hand = "a0 a1 b0 a2 a0 b1 a1 a2 b0 a0 a1 b1".split()
+    by_hand = ["a0", "a1", "b0", "a2", "a0", "b1", "a1", "a2", "b0", "a0", "a1", "b1"]
     assert [next(straight)[0] for _ in range(12)] == by_hand
     assert list(chain.from_iterable(straight.one_pass())) == ["a0", "a1", "a2", "b0", "b1"]
 
@@ -82,7 +86,7 @@ def test_streams_are_mixed_in_proportion_and_begin_anew(mixture: Callable[..., d
 def test_streams_without_weights_are_read_as_often_as_they_say(mixture: Callable[..., dict[str, Any]]) -> None:
     dataset = build_mm_dataset(mixture({"a": 3, "b": 2}, [{"repeat_time": 2}, {}]))
     (straight,) = ranks_of(1, dataset, shuffle=False)
-    epoch = "a0 a1 a2 a0 a1 a2 b0 b1".split()
+    epoch = ["a0", "a1", "a2", "a0", "a1", "a2", "b0", "b1"]
     assert [next(straight)[0] for _ in range(16)] == epoch * 2
     (shuffled,) = ranks_of(1, dataset)
     epochs = [[next(shuffled)[0] for _ in range(8)] for _ in range(3)]
@@ -120,6 +124,52 @@ def test_packed_and_mixed_streams_go_on_on_any_number_of_ranks(
             assert [step(again) for _ in steps[number : number + 2]] == steps[number : number + 2], (number, ranks)
 
 
+@pytest.mark.parametrize("kind", [*WRITERS, ".txt"])
+def test_rows_that_are_passed_over_are_not_parsed(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / f"rows{kind}"
+    if kind in (".jsonl", ".txt"):
+        path.write_text("\n\n".join(['\ufeff{"n": 0}', *(f'{{"n": {n}}}' for n in range(1, 5)), "{broken"]) + "\n")
+    else:
+        WRITERS[kind](path, [{"n": n} for n in range(2500)])
+    files = RowFiles([path])
+    whole = [(file, row, getattr(value, "reason", value)) for file, row, value in files]
+    for skip in (0, 1, 3, len(whole) - 1, len(whole)):
+        found = [(file, row, getattr(value, "reason", value)) for file, row, value in files.rows(skip)]
+        assert found == whole[skip:], skip
+    if kind == ".jsonl":
+        monkeypatch.setattr("mindspeed_mm.data.rows.json.loads", None)
+        assert list(files.rows(6)) == []
+
+
+@pytest.mark.parametrize("capacity", [4096, 32768])
+def test_packs_of_a_stream_are_full_and_only_a_window_is_held(capacity: int) -> None:
+    lengths = log_normal(60_000, capacity)
+    held = most = 0
+
+    class Lengths:
+        def stream(self, epoch: int, seed: int | None) -> FileRows:
+            return FileRows([0], lambda file, skip: self.rows(skip))
+
+        def rows(self, skip: int) -> Iterator[int]:
+            nonlocal held, most
+            for length in lengths[skip:].tolist():
+                held += 1
+                most = max(most, held)
+                yield length
+
+        def tokens_of(self, length: int) -> int:
+            return length
+
+    param = DataloaderParam(batch_size=1, seed=0, global_batch_size=1)
+    sampler = build_sampler(Lengths(), param, 0, 1, pack_to=capacity)
+    packs = tokens = 0
+    for pack in sampler:
+        packs, tokens, held = packs + 1, tokens + sum(pack), held - len(pack)
+        assert sum(pack) <= capacity
+    assert tokens == lengths.sum() and tokens / (packs * capacity) >= 0.98
+    assert most < 2 * max(1000, 100 * capacity / lengths.mean())
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_rows_keep_their_place_in_a_packed_stream(
     workers: int, dataset_param: Callable[..., dict[str, Any]], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
@@ -146,7 +196,7 @@ def test_bad_rows_keep_their_place_in_a_packed_stream(
             batch = next(iterator)
             ends = batch["cu_seqlens"].tolist()
             samples += len(ends) - 1
-            parts = [batch["labels"][0, start:end] for start, end in zip(ends, ends[1:], strict=False)]
+            parts = [batch["labels"][0, start:end] for start, end in pairwise(ends)]
             answers += answers_of([{"labels": part} for part in parts], dataset)
         expected = [f"The answer is {n}." for n in range(4)] + [f"a{n}" for n in range(6)] + [""] * 3
         assert sorted(answers) == sorted(expected)
