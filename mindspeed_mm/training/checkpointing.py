@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +248,7 @@ class Checkpointer:
             "args": plain_values(vars(args)),
             "layout": self.layout,
         }
-        extra["positions"] = {name: states[name] for name in shared}
+        extra["positions"] = one_position(gather({name: states[name] for name in shared}))
         if not args.no_save_optim:
             extra["schedule"] = self.schedule.state_dict()
 
@@ -283,6 +283,26 @@ class Checkpointer:
             folder = f"{folder.rstrip('/')}-ema"
             export_hf(model, folder, assets_from=assets, instead=averages)
             print_rank_0(f" exported the averaged weights to {folder}")
+
+
+def one_position(of_ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the positions that all ranks share, given those of each rank.
+
+    Raises:
+        UserError: two are not at the same place. Which samples share a pack depends on what a rank reads; where a host
+            lacks a file, samples would be lost and others come twice without a word.
+    """
+    found: dict[str, tuple[int, Any]] = {}
+    for number, positions in enumerate(of_ranks):
+        for name, position in positions.items():
+            first, expected = found.setdefault(name, (number, position))
+            if position != expected:
+                raise UserError(
+                    f"the ranks have come apart in the {name} data: rank {number} is at {position}, rank {first} at "
+                    f"{expected}. They have read different data; let all hosts have the same files, and resume from "
+                    "the checkpoint before this one"
+                )
+    return {name: position for name, (_, position) in found.items()}
 
 
 def base_folder(args: Namespace, model: nn.Module) -> str | None:

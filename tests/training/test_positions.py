@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mindspeed_mm.errors import UserError
+from mindspeed_mm.training.checkpointing import one_position
 from tests.data.tiny import write_jsonl
 from tests.ranks import RankPool
 from tests.training.job import SCRIPTS, Job, launch, run_here
@@ -157,3 +159,10 @@ def test_a_run_from_data_json_goes_on_at_another_world_size(
         assert list(losses(folder)) == list(expected) == [1, 2, 3, 4, 5]
         for step, values in expected.items():
             assert losses(folder)[step] == pytest.approx(values, rel=1e-5), (first.world_size, step)
+
+
+def test_ranks_that_have_come_apart_are_named_when_a_run_is_saved() -> None:
+    here, there = {"epoch": 0, "window": 3, "unit": 8}, {"epoch": 0, "window": 3, "unit": 9}
+    assert one_position([{"train": here}, {}, {"train": dict(here)}]) == {"train": here}
+    with pytest.raises(UserError, match=r"apart in the train data: rank 2 is at .*'unit': 9.*, rank 1 at .*'unit': 8"):
+        one_position([{}, {"train": here}, {"train": there}])
