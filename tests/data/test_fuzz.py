@@ -6,6 +6,8 @@ import json
 import re
 import struct
 import zlib
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,12 +17,13 @@ from hypothesis import strategies as st
 
 from mindspeed_mm.configs.data import HuggingFaceAttributes
 from mindspeed_mm.data import build_mm_dataloader
-from mindspeed_mm.data.conversations import read_conversations
+from mindspeed_mm.data.conversations import iterate_conversations, read_conversations
 from mindspeed_mm.data.datasets import ConversationDataset
 from mindspeed_mm.data.encoding import IGNORE_INDEX, ConversationEncoder, EncodingOptions
 from mindspeed_mm.data.formats import FORMATS
 from mindspeed_mm.data.quarantine import Quarantine
 from mindspeed_mm.data.rows import RowFiles
+from mindspeed_mm.data.streaming import ConversationStream, Source
 from tests.data.conftest import MESSAGES
 from tests.data.tiny import save_digits
 
@@ -135,6 +138,14 @@ def fuzzed(tmp_path_factory, processor_folder):
     return SimpleNamespace(folder=folder, encoder=encoder, seen=[])
 
 
+def reasons(path: Path, file: Path) -> dict[int, str]:
+    """What was listed of each row of ``file``, once."""
+    entries = [json.loads(line) for line in path.open()] if path.exists() else []
+    assert all(entry["file"] == str(file) for entry in entries)
+    assert len({entry["row"] for entry in entries}) == len(entries)
+    return {entry["row"]: entry["reason"] for entry in entries}
+
+
 @seed(1)
 @settings(
     max_examples=EXAMPLES,
@@ -155,11 +166,7 @@ def test_a_thousand_rows(fuzzed, batch):
     batches = list(build_mm_dataloader(dataset, {"batch_size": 1, "shuffle": False}))
     assert len(batches) == len(batch)  # none is dropped
 
-    listed = {}
-    if dataset.quarantine.path.exists():
-        for entry in map(json.loads, dataset.quarantine.path.open()):
-            assert entry["file"] == str(file) and entry["row"] not in listed
-            listed[entry["row"]] = entry["reason"]
+    listed = reasons(dataset.quarantine.path, file)
     for number, ((line, reason), got) in enumerate(zip(batch, batches, strict=True), start=1):
         targets = got["labels"][0][got["labels"][0] != IGNORE_INDEX]
         if reason is None:
@@ -168,6 +175,24 @@ def test_a_thousand_rows(fuzzed, batch):
             assert fuzzed.encoder.tokenizer.decode(targets) == "".join(text + ENDS for text in spoken)
         else:
             assert len(targets) == 0 and re.search(reason, listed[number]), (line, listed.get(number))
+
+    # The same rows streamed, and put together by their lengths.
+    quarantine = Quarantine(fuzzed.folder / "streamed", ROWS, ROWS)
+    quarantine.path.unlink(missing_ok=True)
+    read = partial(
+        iterate_conversations, read=FORMATS["sharegpt"], attr=ATTR, media_folder=fuzzed.folder, keep_bad=True
+    )
+    stream = ConversationStream([Source(files, read)], fuzzed.encoder, quarantine)
+    longest = max(got["input_ids"].shape[1] for got in batches)
+    options = {"batch_size": 1, "shuffle": False, "drop_last": False, "max_seq_len": 2 * longest}
+    streamed = list(build_mm_dataloader(stream, options))
+    assert all(got["input_ids"].numel() <= 2 * longest for got in streamed)
+    assert reasons(quarantine.path, file) == listed
+    spoken, expected = (
+        sorted(fuzzed.encoder.tokenizer.decode(row[row != IGNORE_INDEX]) for got in part for row in got["labels"])
+        for part in (streamed, batches)
+    )
+    assert spoken == expected
     fuzzed.seen += [reason is None for _, reason in batch]
 
 
