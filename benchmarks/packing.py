@@ -10,8 +10,8 @@ The pipelines read the same JSONL rows, decode the same JPEG files, render and l
 pad to the longest of a batch; ours checks every row and image besides, and computes positions and vision metadata.
 The plain one takes its labels from the processor's assistant mask, which costs it much of its time; without labels it
 is measured as well. "Kept" has ``cache_samples``: processed samples, pixels included, come from the disk; they are
-prepared before the clock runs, as are the lengths that packs are planned with. The pipelines take turns, each time with
-fresh workers, and the medians are compared.
+prepared before the clock runs, as are the lengths that packs are planned with; a stream finds them while it runs. The
+pipelines take turns, each time with fresh workers, and the medians are compared.
 """
 
 from __future__ import annotations
@@ -171,6 +171,28 @@ def ours_packed(dataset: Any, folder: Path, batch_size: int, workers: int) -> It
     return MultiModalDataLoader(dataset, packs, collate, num_workers=workers)
 
 
+def ours_streamed(dataset: Any, folder: Path, batch_size: int, workers: int) -> Iterable[Any]:
+    capacity = max(4096, int(dataset.sizes[:, 0].max()))
+    stream = our_dataset(folder, streaming=True, packing=True, seq_length=capacity)
+    return ours(stream, folder, 1, workers)
+
+
+def measure_lengths(dataset: Any) -> None:
+    """Print how many rows a second a process finds the lengths of."""
+    encoder, rows = dataset.encoder, list(dataset.rows)
+    texts = [{**row, "messages": [{**m, "content": m["content"].removeprefix("<image>")} for m in row["messages"]],
+              "images": []} for row in rows]  # fmt: skip
+    ways = (("text", texts, False), ("a picture of a known size", rows, False), ("a picture of a new size", rows, True))
+    for name, part, forget in ways:
+        encoder.count_tokens(part[0], "")
+        start = time.perf_counter()
+        for row in part:
+            if forget:
+                encoder._written_for.cache_clear()
+            encoder.count_tokens(row, "")
+        print(f"lengths of rows with {name}: {len(part) / (time.perf_counter() - start):,.0f} a second")
+
+
 class PlainCollator:
     """What a user of `datasets`, a processor and a `DataLoader` would write."""
 
@@ -221,6 +243,7 @@ def compare_pipelines(count: int, batch_size: int, workers: int, repeats: int) -
         "plain, no labels": partial(plain, labels=False),
         "ours": ours,
         "ours, packed": ours_packed,
+        "ours, streamed and packed": ours_streamed,
         "ours, kept": ours_kept,
     }
     speeds: dict[str, list[float]] = {name: [] for name in ways}
@@ -241,6 +264,7 @@ def compare_pipelines(count: int, batch_size: int, workers: int, repeats: int) -
                 speeds[way].append(count / (time.perf_counter() - start))
                 padding[way] = 1 - real / tokens
                 work.add((real, targets or None))
+        measure_lengths(dataset)
     assert len({real for real, _ in work}) == len({targets for _, targets in work if targets}) == 1, work
     print(f"{count} conversations with a picture of {PICTURE} x {PICTURE}, {batch_size} a batch, {workers} workers")
     print("| pipeline | samples/s | of plain | padding |\n|---|---|---|---|")

@@ -143,6 +143,10 @@ class ConversationStream(ConversationDataset):
         self._source_of = [source for source in sources for _ in source.files.paths]
         self._weights = [source.weight for source in sources if source.weight is not None]
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Workers are given rows. What reads them may be a function of a plugin, which pickle cannot name.
+        return {**self.__dict__, "sources": [], "_source_of": []}
+
     def __len__(self) -> int:
         raise TypeError("a stream has no length")
 

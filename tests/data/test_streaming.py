@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import chain, pairwise
@@ -13,6 +14,7 @@ import pytest
 
 from mindspeed_mm.configs.data import DataloaderParam
 from mindspeed_mm.data import build_mm_dataloader, build_mm_dataset
+from mindspeed_mm.data.formats import FORMATS, register_format
 from mindspeed_mm.data.iterators import CursorIterator, build_iterations, iterate
 from mindspeed_mm.data.loaders import MultiModalDataLoader
 from mindspeed_mm.data.planning import build_sampler
@@ -122,6 +124,28 @@ def test_packed_and_mixed_streams_go_on_on_any_number_of_ranks(
             for iterator in again:
                 iterator.load_state_dict(json.loads(json.dumps(state)))
             assert [step(again) for _ in steps[number : number + 2]] == steps[number : number + 2], (number, ranks)
+
+
+def test_a_stream_can_be_sent_to_a_spawned_worker(dataset_param: Callable[..., dict[str, Any]]) -> None:
+    @register_format("of a plugin")  # which pickle cannot name
+    def read(row: Any, attr: Any) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": row["q"]}, {"role": "assistant", "content": row["a"]}]}
+
+    try:
+        param = dataset_param([{"q": "?" * n, "a": f"a{n}"} for n in range(6)], streaming=True)
+        param["attr"] = {"formatting": "of a plugin"}
+        dataset = build_mm_dataset(param)
+        row = next(iter(dataset.once()))
+        again = pickle.loads(pickle.dumps(dataset))
+        assert answers_of([again[row]], dataset) == ["a0"] and again.tokens_of(row) == len(again[row]["input_ids"])
+        loader = {"batch_size": 1, "num_workers": 1, "max_seq_len": 64, "shuffle": False}
+        batches = build_mm_dataloader(dataset, loader)
+        spoken = [
+            answer for batch in batches for answer in answers_of([{"labels": n} for n in batch["labels"]], dataset)
+        ]
+        assert sorted(spoken) == [f"a{n}" for n in range(6)]
+    finally:
+        del FORMATS["of a plugin"]
 
 
 @pytest.mark.parametrize("kind", [*WRITERS, ".txt"])
