@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from mindspeed_mm.data.worker_signals import signals_for_this_process_only
 from mindspeed_mm.errors import UserError
 
 _AHEAD = 20  # pieces, at least
+_TRIED = 10  # rows that tell how long the others may be
 
 
 def read_pieces(rows: Any, size: int) -> Iterator[tuple[list[Any], Any]]:
@@ -36,24 +38,23 @@ def measure_pieces(
 ) -> Iterator[tuple[list[Any], list[int], Any]]:
     """Yield the pieces with the tokens of each row.
 
-    This process measures the first one, to know how many have to be ready ahead. What is yielded does not depend on
-    that.
-
     Args:
         pieces: of `read_pieces`.
         dataset: ``dataset.tokens_of(row)`` is the length of a row.
-        workers: processes that measure; 0: this one, when a piece is asked for.
-        least_tokens: that are needed at a time.
+        workers: processes that measure ahead; 0: this one, when a piece is asked for.
+        least_tokens: that are needed at a time; the workers are as many ahead.
 
     Raises:
         UserError: a row has no length.
     """
     lengths_of = _Lengths(dataset)
-    ahead = 1
+    ahead = _AHEAD
     for rows, state in islice(pieces, 1):
-        found = _received(lengths_of[rows])
-        yield rows, found, state
-        ahead = max(_AHEAD, -(-least_tokens // max(1, sum(found))))
+        pieces = chain([(rows, state)], pieces)
+        if workers:
+            tried = rows[:_TRIED]
+            per_piece = sum(_received(lengths_of[tried])) * len(rows) / len(tried)
+            ahead = max(ahead, math.ceil(least_tokens / max(1, per_piece)))
 
     read: deque[tuple[list[Any], Any]] = deque()
 
@@ -68,7 +69,7 @@ def measure_pieces(
         sampler=parts(),
         collate_fn=_unchanged,
         num_workers=workers,
-        prefetch_factor=-(-ahead // workers) if workers else None,
+        prefetch_factor=math.ceil(ahead / workers) if workers else None,
         generator=torch.Generator(),  # of its own, so that it draws nothing that a resumed run would not draw
     )
     with signals_for_this_process_only():

@@ -11,6 +11,7 @@ import numpy as np
 
 from mindspeed_mm.data.batching import Plan
 from mindspeed_mm.data.measured_rows import measure_pieces, read_pieces
+from mindspeed_mm.errors import UserError
 
 WINDOW = 1000
 _PIECES = 10
@@ -65,7 +66,13 @@ class RowWindows:
         """Yield, from window ``first`` of ``epoch`` on, its units and the state that it can be read again from."""
         rows = self.dataset.stream(epoch, self.seed if self.shuffle else None)
         if state is not None:
-            rows.load_state_dict(state)
+            try:
+                rows.load_state_dict(state)
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"the position in the stream cannot be restored ({type(error).__name__}: {error}): it was saved "
+                    "with other data; resume with the data.json that it was saved with"
+                ) from error
         windows = islice(self._windows(rows), first if state is None else 0, None)
         for number, (part, lengths, begin) in enumerate(windows, first):
             if self.shuffle:

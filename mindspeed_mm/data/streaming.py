@@ -102,10 +102,10 @@ class ProportionalRows:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the iteration go on there."""
+        for number, its_state in zip(range(len(self._weights)), state["rows"], strict=True):
+            self._rows[number] = self._open(number, state["passes"][number])
+            self._rows[number].load_state_dict(its_state)
         self._taken, self._passes = list(state["taken"]), list(state["passes"])
-        self._rows = [self._open(number, again) for number, again in enumerate(self._passes)]
-        for rows, its_state in zip(self._rows, state["rows"], strict=True):
-            rows.load_state_dict(its_state)
 
 
 @dataclass(frozen=True)
@@ -184,9 +184,8 @@ class ConversationStream(ConversationDataset):
 
     @property
     def about(self) -> dict[str, Any]:
-        """What decides the order of several sources, in plain values."""
-        sources = [[len(source.files.paths), source.times, source.weight] for source in self.sources]
-        return {"sources": sources} if len(sources) > 1 else {}
+        """Files, times and weight of each source, which decide the order."""
+        return {"sources": [[len(source.files.paths), source.times, source.weight] for source in self.sources]}
 
     def where(self, row: Any) -> str:
         """Return file and line (or number) of a row, for messages."""

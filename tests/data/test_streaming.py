@@ -95,6 +95,20 @@ def test_streams_without_weights_are_read_as_often_as_they_say(mixture: Callable
     assert all(sorted(one) == sorted(epoch) for one in epochs) and len({str(one) for one in epochs}) == 3
 
 
+def test_a_position_in_other_streams_is_refused(
+    mixture: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    weighted, plain = ([{"weight": 2}, {"weight": 1}], [{}, {}])
+    for before, after in ((weighted, plain), (plain, weighted)):
+        (straight,) = ranks_of(1, build_mm_dataset(mixture({"a": 3, "b": 2}, before)))
+        next(straight)
+        (other,) = ranks_of(1, build_mm_dataset(mixture({"a": 3, "b": 2}, after)))
+        other.load_state_dict(straight.state_dict())
+        assert "not the one that was saved: sources [[1, 1, " in capsys.readouterr().err
+        with pytest.raises(UserError, match=r"cannot be restored .* resume with the data\.json that it was saved with"):
+            next(other)
+
+
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_packed_and_mixed_streams_go_on_on_any_number_of_ranks(
     workers: int, mixture: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
