@@ -27,7 +27,7 @@ def read(row, attr):
 """
 
 
-def same_as_alone(job: Job, alone: Path, other: Path) -> None:
+def same_as_alone(alone: Path, other: Path) -> None:
     expected, found = losses(alone), losses(other)
     assert list(expected) == list(found) == [1, 2], other
     for step, (loss, grad_norm, _) in expected.items():
@@ -44,22 +44,9 @@ def epochs(job: Job, monkeypatch: pytest.MonkeyPatch) -> Job:
     return job
 
 
-def test_balanced_packed_and_streamed_batches_train_on_the_same_samples(
+def test_a_stream_in_a_layout_of_a_plugin_is_packed(
     epochs: Job, ranks1: RankPool, ranks2: RankPool, tmp_path: Path
 ) -> None:
-    basic, length = epochs.data["dataset_param"]["basic_parameters"], epochs.flags["seq-length"]
-    run(ranks1, epochs, save=tmp_path / "alone", global_batch_size=8)
-    run(ranks2, epochs, save=tmp_path / "balanced", global_batch_size=8, use_data_balance=True)
-    same_as_alone(epochs, tmp_path / "alone", tmp_path / "balanced")
-    dynamic = {"use_txt_dynamic_batching": True, "max_seq_len": length + 3}
-    run(ranks2, epochs, save=tmp_path / "budgets", global_batch_size=4, **dynamic)
-    same_as_alone(epochs, tmp_path / "alone", tmp_path / "budgets")
-    basic |= {"packing": True, "streaming": True}
-    run(ranks2, epochs, save=tmp_path / "packed stream", global_batch_size=4)
-    same_as_alone(epochs, tmp_path / "alone", tmp_path / "packed stream")
-
-
-def test_a_layout_of_a_plugin_is_streamed_and_packed(epochs: Job, ranks1: RankPool, tmp_path: Path) -> None:
     run(ranks1, epochs, save=tmp_path / "alone", global_batch_size=8)
     (tmp_path / "book.py").write_text(PLUGIN)
     epochs.rows = [
@@ -72,8 +59,22 @@ def test_a_layout_of_a_plugin_is_streamed_and_packed(epochs: Job, ranks1: RankPo
     ]
     epochs.data["dataset_param"]["attr"] = {"formatting": "picture-book"}
     epochs.data["dataset_param"]["basic_parameters"] |= {"packing": True, "streaming": True}
-    run(ranks1, epochs, save=tmp_path / "book", global_batch_size=4, plugin=tmp_path / "book.py")
-    same_as_alone(epochs, tmp_path / "alone", tmp_path / "book")
+    run(ranks2, epochs, save=tmp_path / "book", global_batch_size=4, plugin=tmp_path / "book.py")
+    same_as_alone(tmp_path / "alone", tmp_path / "book")
+
+
+@pytest.mark.slow
+def test_balanced_batches_and_token_budgets_train_on_the_same_samples(
+    epochs: Job, ranks1: RankPool, ranks2: RankPool, tmp_path: Path
+) -> None:
+    run(ranks1, epochs, save=tmp_path / "alone", global_batch_size=8)
+    run(ranks2, epochs, save=tmp_path / "balanced", global_batch_size=8, use_data_balance=True)
+    same_as_alone(tmp_path / "alone", tmp_path / "balanced")
+    dynamic = {"use_txt_dynamic_batching": True, "max_seq_len": epochs.flags["seq-length"] + 3}
+    for streaming in (False, True):
+        epochs.data["dataset_param"]["basic_parameters"]["streaming"] = streaming
+        run(ranks2, epochs, save=tmp_path / f"budgets {streaming}", global_batch_size=4, **dynamic)
+        same_as_alone(tmp_path / "alone", tmp_path / f"budgets {streaming}")
 
 
 @pytest.mark.slow
