@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 
 from mindspeed_mm.data.audio import load_audio
@@ -102,6 +103,7 @@ class ConversationEncoder:
         self._warned = False
         self._stand_in: dict[str, torch.Tensor] | None = None
         self._written_for = lru_cache(_SIZES)(self._look_up_written)
+        self._written: dict[int | None, str] = {}
 
     def encode(self, row: Mapping[str, Any], where: str) -> dict[str, torch.Tensor]:
         """Return the model inputs of one conversation.
@@ -188,6 +190,10 @@ class ConversationEncoder:
         """Return the sample and a mask (L,) of its image tokens."""
         encoded = self._process(prompt, pictures, clips, sounds)
         replaced = encoded.pop("text_replacement_offsets", [[]])[0]
+        for key, value in encoded.items():
+            # transformers looks at each number by itself, which takes longer than all else that is done with a text.
+            if isinstance(value, list) and len(value) == 1 and (array := np.array(value)).dtype.kind == "i":
+                encoded[key] = torch.from_numpy(array)
         encoded = encoded.convert_to_tensors("pt")
         starts, ends = encoded.pop("offset_mapping")[0].unbind(-1)
 
@@ -238,10 +244,27 @@ class ConversationEncoder:
         return self.processor(text=[prompt.text], **kwargs)
 
     def _look_up_written(self, size: tuple[int, int]) -> str:
-        """Return what the processor writes for an image of that width and height in place of its mark."""
+        """Return what the processor writes for an image of that width and height in place of its mark.
+
+        It may be that of an image of another size, with as many tokens.
+        """
+        tokens = self._tokens_of_image(size)
+        if tokens in self._written:
+            return self._written[tokens]
         turns = [{"role": "user", "content": PLACEHOLDERS["images"]}, {"role": "assistant", "content": "!"}]
         prompt = self._renderer.render({"messages": turns, "images": ["blank"]})
-        return self._process(prompt, [blank_image(size)])["text_replacement_offsets"][0][0]["replacement"]
+        found = self._process(prompt, [blank_image(size)])["text_replacement_offsets"][0][0]["replacement"]
+        if len(self.tokenizer(found, add_special_tokens=False)["input_ids"]) == tokens:  # the formula holds
+            self._written[tokens] = found
+        return found
+
+    def _tokens_of_image(self, size: tuple[int, int]) -> int | None:
+        """Return how many tokens an image has, None if the processor has no formula for it."""
+        try:
+            formula = self.processor._get_num_multimodal_tokens
+            return formula(image_sizes=[size[::-1]], **self._image_options).num_image_tokens[0]
+        except Exception:  # noqa: BLE001 - it is the model's own code, made for others
+            return None
 
     def _shorten(
         self, sample: dict[str, torch.Tensor], image_tokens: torch.Tensor, where: str

@@ -4,6 +4,7 @@ import pickle
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile
@@ -153,6 +154,9 @@ def test_tokens_are_counted_without_decoding_a_picture(family, encoder, pictures
     rows = [row(conversation(images=False)), row(document, [] if family == "text" else odd)]
     if family != "text":
         rows += [row(conversation(), pictures), row(conversation(), odd), row(conversation(), [pictures[0]] * 2)]
+        for width, height in np.random.default_rng(0).integers(4, 150, (20, 2)).tolist():
+            Image.new("RGB", (width, height)).save(tmp_path / f"{width}x{height}.png")
+            rows.append(row(conversation(), [str(tmp_path / f"{width}x{height}.png"), pictures[0]]))
     for options in ({}, {"crop_to_patches": True}, {"image_max_pixels": 600, "image_min_pixels": 500}):
         enc = encoder(family, **options)
         expected = [len(enc.encode(one, "row")["input_ids"]) for one in rows]
