@@ -20,6 +20,7 @@ WIDTH = SIZE + 5
 
 _BLOCK = 1 << 22  # elements: a 16-bit tensor is widened a piece at a time
 _NARROWEST = 128  # columns, of several dimensions if need be, so that few products have few columns
+_TALL, _WIDEST = 256, 4096  # rows and columns for which that takes a noticeable time and loses little
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -115,8 +116,9 @@ def digest(value: Tensor, rows: RowSigns | None = None, offset: Sequence[int] | 
 def _block(block: Tensor, signs: Tensor, columns: Tensor) -> Tensor:
     """Return the digest of (R, C), given the signs (R, SIZE) of its rows and (C, SIZE) of its columns."""
     block = block.float()
-    # Matrix products add up the smaller of the two dimensions: long sums in float32 lose digits.
-    if len(block) < block.shape[1]:
+    # The product adds up the smaller dimension, since long sums in float32 lose digits. Tall products are faster.
+    rows, width = block.shape
+    if width > rows and not (rows >= _TALL and width <= _WIDEST):
         sums = signs.T @ block
         vector = (sums * columns.T).sum(1)
     else:
