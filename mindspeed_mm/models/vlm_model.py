@@ -212,7 +212,8 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
             this rank's part of the vocabulary and of the positions (see
             :class:`~mindspeed_mm.distributed.sequence_split.SequenceSplit`), None where they are computed in chunks.
             ``loss_dict`` holds ``loss``, a scalar reduced as ``loss_cfg.loss_type`` says; ``loss_mask``, (B, S) bool;
-            and for ``per_token_loss``, where ``loss`` is a sum, ``token_nums``, int64 scalar. Under context
+            and for ``per_token_loss``, where ``loss`` is a sum, ``token_nums``, int64 scalar; for ``per_sample_loss``,
+            where it is a mean, ``sample_nums``, int64 scalar, the samples it is the mean of. Under context
             parallelism the mean of the ranks' ``loss`` is that of the whole sequences, or where it is a sum their sum,
             and ``loss_mask`` is of all positions. Without labels, ``loss`` None and ``logits``.
         """
@@ -313,6 +314,8 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
             result["token_nums"] = (targets != IGNORE).sum()
         else:
             result["loss"] = result["loss"] * self.config.context_parallel_size
+        if self._loss.loss_type == "per_sample_loss":
+            result["sample_nums"] = counts.new_full((), len(counts))
         return {"loss_dict": result, "logits": None if logits is None else self._by_sample(logits, labels)}
 
     def _by_sample(self, logits: Tensor, whole: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def _fields(args: Namespace, text: Any) -> dict[str, Any]:
         fields["bias_activation_fusion"] = True
     if args.overlap_p2p_communication:
         fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
-    fields["calculate_per_token_loss"] = args.calculate_per_token_loss
+    fields["calculate_per_token_loss"] = args.calculate_per_token_loss or args.calculate_per_sample_loss
     # A micro-batch is as long as its longest sample, and stages learn its length with it.
     fields["variable_seq_lengths"] = args.pipeline_model_parallel_size > 1
     return fields | check_context_parallel(

@@ -60,6 +60,7 @@ def build_engine(args: Namespace, provider: Callable[..., Any]) -> tuple[Megatro
         sequence_length=args.seq_length or 1,
         micro_batch_size=args.micro_batch_size,
         per_token_loss=args.calculate_per_token_loss,
+        per_sample_loss=args.calculate_per_sample_loss,
     )
     return engine, groups
 

@@ -104,7 +104,8 @@ def transformer_config(config: ModelConfig, blueprint: Blueprint, *, transformer
         # Between two stages a batch holds two messages each way, and gloo gives the first to whoever asks first.
         values["batch_p2p_comm"] = False
     values["pipeline_dtype"] = values["params_dtype"]
-    values["calculate_per_token_loss"] = config.loss_cfg.loss_type == "per_token_loss"
+    # The engine divides by the tokens or samples of the global batch: gradients are only added up till then.
+    values["calculate_per_token_loss"] = config.loss_cfg.loss_type != "default"
     if "num_moe_experts" in values and shapes["tensor_model_parallel_size"] > 1 and not values.get("sequence_parallel"):
         raise UserError(
             f"a mixture of experts with --tensor-model-parallel-size {shapes['tensor_model_parallel_size']} needs "
