@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 from mindspeed_mm import accelerator
 from mindspeed_mm.distributed import parallel
 from mindspeed_mm.distributed.grad_norm import clip_by_norm, scale_gradients
-from mindspeed_mm.distributed.main_parameters import MainParameters
+from mindspeed_mm.distributed.main_parameters import MainParameters, unwrap
 from mindspeed_mm.distributed.phases import phase
 from mindspeed_mm.distributed.pipeline_messages import keep_messages_apart
 from mindspeed_mm.engine.base import ForwardStep, Listener, Report, StepResult
 from mindspeed_mm.engine.loss_result import LossResult, at_least_one, one_if_finite, read_forward, read_loss
-from mindspeed_mm.engine.pipeline_reports import share_reports
+from mindspeed_mm.engine.pipeline_reports import add_router_losses, share_reports
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.optimizer.skipping import step_if_finite
 
@@ -109,6 +109,9 @@ class MegatronEngine:
 
             return output, loss
 
+        routers = [one for chunk in chunks if (one := getattr(unwrap(chunk), "router_losses", None)) is not None]
+        for losses in routers:  # their gradient passes by the schedule's factors, see `_to_optimise`
+            losses.start(1.0 if self.divides_globally else self._context / num_microbatches)
         with phase("forward and backward"):
             reports = self._schedule(
                 forward_step_func=step,
@@ -123,7 +126,8 @@ class MegatronEngine:
             self.mains.take_gradients()
             if self.divides_globally:
                 self._divide_by_all(counts)
-        return share_reports(reports)
+        reports = share_reports(reports)
+        return add_router_losses(reports, routers) if routers else reports
 
     def optimizer_step(self) -> StepResult:
         """Clip, update the weights unless the gradient is not finite, and clear the gradients."""

@@ -18,12 +18,14 @@ from mindspeed_mm.losses.chunked import LARGE_LOGITS
 from mindspeed_mm.models.common.lookup import lookup
 from mindspeed_mm.models.common.module import MultiModalModule
 from mindspeed_mm.models.megatron import deepstack
+from mindspeed_mm.models.megatron.balance import router_losses
 from mindspeed_mm.models.megatron.blueprint import read_blueprint
-from mindspeed_mm.models.megatron.config import transformer_config
+from mindspeed_mm.models.megatron.config import chosen_fields, transformer_config
 from mindspeed_mm.models.megatron.layout import hf_shapes
 from mindspeed_mm.models.megatron.positions import Positions
 from mindspeed_mm.models.megatron.stages import layers_of_chunks
 from mindspeed_mm.models.megatron.vision import ImageEncoder
+from mindspeed_mm.models.megatron.vocabulary import DIVISOR
 from mindspeed_mm.models.transformers.attention import attention_implementation
 from mindspeed_mm.models.transformers.base_model import FSDP2Mixin
 
@@ -38,6 +40,7 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
         text_decoder: :class:`~mindspeed_mm.models.megatron.decoder.TextDecoder`, a megatron-core ``GPTModel``.
         config: the ``TransformerConfig`` of the text decoder.
         blueprint: the Hugging Face model that it computes the same as.
+        router_losses: :class:`~mindspeed_mm.models.megatron.balance.RouterLosses` if model.json asks for them.
         weights_source: the Hugging Face folder whose weights are to be read into it; None for random ones.
     """
 
@@ -77,6 +80,7 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
             config.text_decoder and config.text_decoder.use_te is False
         )
         super().__init__(transformer_config(config, self.blueprint, transformer_engine=engine))
+        self.router_losses = router_losses(config, chosen_fields(config), self.config)
         self.model_type = ModelType.encoder_or_decoder  # read by megatron-core's schedules
         self.vp_stage = parallel_state.get_virtual_pipeline_model_parallel_rank() if vp_stage is None else vp_stage
 
@@ -96,8 +100,17 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
                 parallel_state.get_tensor_model_parallel_group() if config.enable_encoder_dp else None,
             )
         self.text_decoder = TextDecoder(
-            self.config, self.blueprint, layers, self.pre_process, self.post_process, self.vp_stage, engine
+            self.config,
+            self.blueprint,
+            layers,
+            self.pre_process,
+            self.post_process,
+            self.vp_stage,
+            engine,
+            config.megatron.get(DIVISOR, 1),
         )
+        if self.router_losses is not None:
+            self.router_losses.watch(self.text_decoder.decoder.layers)
         deepstack.add_features(self.text_decoder.decoder.layers[: self.blueprint.deepstack] if self.pre_process else [])
         self._check(layers)
         self._positions = Positions(self.blueprint)
@@ -209,7 +222,7 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
 
         Returns:
             The hidden states (S, B, H) unless this is the last chunk. There, ``loss_dict`` and ``logits`` (B, S, V),
-            this rank's part of the vocabulary and of the positions (see
+            this rank's words of the vocabulary and of the positions (see
             :class:`~mindspeed_mm.distributed.sequence_split.SequenceSplit`), None where they are computed in chunks.
             ``loss_dict`` holds ``loss``, a scalar reduced as ``loss_cfg.loss_type`` says; ``loss_mask``, (B, S) bool;
             and for ``per_token_loss``, where ``loss`` is a sum, ``token_nums``, int64 scalar; for ``per_sample_loss``,
@@ -232,7 +245,7 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
             None if decoder_input is None else split.take(decoder_input, 1).transpose(0, 1).contiguous(),
             split.take(position_ids, -1),
             attention_mask=self._packed(split),
-            packed_seq_params=packed_seq_params,
+            packed_seq_params=self._with_routers(packed_seq_params, split, attention_mask, labels, cu_seqlens),
             features=None if features is None else split.take(features, 1),
         )
         if not self.post_process:
@@ -270,6 +283,32 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
             split.extend(int(longest))
         return split
 
+    def _with_routers(
+        self,
+        packed_seq_params: Any,
+        split: SequenceSplit,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> Any:
+        """Let the routers know which tokens count and for how much, where they have a loss."""
+        if self.router_losses is None or labels is None:
+            return packed_seq_params
+        if attention_mask is None or attention_mask.dim() != 2:
+            attention_mask = torch.ones_like(labels)
+        counted = attention_mask.bool()
+        weights = {
+            "default": 1,
+            "per_sample_loss": len(labels) if cu_seqlens is None else len(cu_seqlens) - 1,
+            "per_token_loss": (shift_labels(labels) != IGNORE).sum(),
+        }
+        here = split.take(counted, 1, False).t()
+        if self.config.sequence_parallel:
+            here = here.chunk(self.config.tensor_model_parallel_size)[self.text_decoder.vocabulary.rank]
+        batch = self.router_losses.begin(weights[self._loss.loss_type], here, counted.sum())
+        batch.packed_seq_params = packed_seq_params
+        return batch
+
     def _packed(self, split: SequenceSplit) -> Tensor | None:
         """Return where packed samples begin, for our attention to keep them apart; None if nothing is packed.
 
@@ -300,13 +339,13 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
         mask = targets != IGNORE
         counts = sum_by_sample(mask, cu_seqlens)
         targets = split.take(targets, 1, IGNORE)
-        mode, words = self._loss.compute_mode, self.text_decoder.vocab_size // self.config.tensor_model_parallel_size
-        if mode == "chunk" or (mode == "auto" and logits_bytes(targets.numel(), words) > LARGE_LOGITS):
+        mode, share = self._loss.compute_mode, self.text_decoder.vocabulary
+        if mode == "chunk" or (mode == "auto" and logits_bytes(targets.numel(), share.rows) > LARGE_LOGITS):
             logits = None
             losses = losses_in_chunks(self.text_decoder, hidden, targets.t(), self._loss.chunk_size)
         else:
             logits = self.text_decoder.logits(hidden)
-            losses = losses_of_logits(logits, targets.t())
+            losses = losses_of_logits(logits, targets.t(), share.first)
         bounds = split.local_cu_seqlens
         sums = sum_by_sample(losses.t(), None if bounds is None else bounds.to(losses.device))
         result = {"loss": REDUCTIONS[self._loss.loss_type](sums, counts), "loss_mask": mask}

@@ -13,6 +13,7 @@ from mindspeed_mm.distributed.parallel import ParallelSizes
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.megatron.shapes import read_hf_config
 from mindspeed_mm.models.megatron.stages import layers_of_chunks
+from mindspeed_mm.models.megatron.vocabulary import DIVISOR
 
 _SAME_NAME = ("sequence_parallel", "recompute_granularity", "recompute_method", "recompute_num_layers")
 _EXPERTS = ("moe_token_dispatcher_type", "moe_permute_fusion", "moe_grouped_gemm")
@@ -65,7 +66,6 @@ def _problems(args: Namespace, text: Any) -> list[str]:
     experts = getattr(text, "num_experts", None)
     divides(flag, tensor, text.num_attention_heads, "attention heads", "num_attention_heads")
     divides(flag, tensor, text.num_key_value_heads, "key and value heads", "num_query_groups, num_key_value_heads")
-    divides(flag, tensor, text.vocab_size, "words of the vocabulary", "vocab_size")
     if experts is None or getattr(text, "mlp_only_layers", None):
         divides(flag, tensor, text.intermediate_size, "columns of an MLP", "ffn_hidden_size, intermediate_size")
     size, flag = args.expert_model_parallel_size, "--expert-model-parallel-size"
@@ -84,9 +84,10 @@ def _problems(args: Namespace, text: Any) -> list[str]:
 
 
 def _fields(args: Namespace, text: Any) -> dict[str, Any]:
-    """Return fields of TransformerConfig."""
+    """Return fields of TransformerConfig, and the divisor of the vocabulary."""
     fields: dict[str, Any] = {name: getattr(args, name) for name in _SAME_NAME if getattr(args, name)}
     fields |= {name: getattr(args, name) for name in _EXPERTS if name in args.explicit}
+    fields[DIVISOR] = args.make_vocab_size_divisible_by
     if args.bf16:
         fields |= {"bf16": True, "params_dtype": torch.bfloat16}
     if args.use_fused_rotary_pos_emb:

@@ -21,15 +21,15 @@ ADAM = {"adam-eps": "1e-5", "lr-warmup-iters": 2, "lr-decay-style": "cosine", "c
 
 
 @pytest.fixture(scope="session")
-def even_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Qwen3-VL whose vocabulary two ranks can share. Tests must not write to it."""
-    return save_tiny_hf_folder("qwen3_vl", tmp_path_factory.mktemp("hf"), vocabulary=320)
+def odd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3-VL whose vocabulary has to be padded. Tests must not write to it."""
+    return save_tiny_hf_folder("qwen3_vl", tmp_path_factory.mktemp("hf"), vocabulary=321)
 
 
 @pytest.fixture
-def vlm(tmp_path: Path, even_folder: Path) -> Job:
+def vlm(tmp_path: Path, odd_folder: Path) -> Job:
     """A job in which everything is trained, in a global batch of 4."""
-    job = Job(tmp_path, even_folder)
+    job = Job(tmp_path, odd_folder)
     job.model["image_encoder"] = {"vision_encoder": {"freeze": False}}
     job.flags |= {"global-batch-size": 4, "train-iters": 20, **ADAM}
     return job
