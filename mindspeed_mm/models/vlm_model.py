@@ -98,6 +98,7 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
                 self.config.params_dtype,
                 attention_implementation(config, self.blueprint.config),
                 parallel_state.get_tensor_model_parallel_group() if config.enable_encoder_dp else None,
+                random_weights=self.config.perform_initialization,
             )
         self.text_decoder = TextDecoder(
             self.config,

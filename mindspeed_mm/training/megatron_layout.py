@@ -52,7 +52,7 @@ def apply_layout(args: Namespace, model: ModelConfig) -> None:
         args.virtual_pipeline_model_parallel_size or 1,
         written,
     )
-    model.megatron.update(_fields(args, text))
+    model.megatron.update(_fields(args, model, text))
 
 
 def _problems(args: Namespace, text: Any) -> list[str]:
@@ -83,10 +83,13 @@ def _problems(args: Namespace, text: Any) -> list[str]:
     return problems
 
 
-def _fields(args: Namespace, text: Any) -> dict[str, Any]:
+def _fields(args: Namespace, model: ModelConfig, text: Any) -> dict[str, Any]:
     """Return fields of TransformerConfig, and the divisor of the vocabulary."""
     fields: dict[str, Any] = {name: getattr(args, name) for name in _SAME_NAME if getattr(args, name)}
     fields |= {name: getattr(args, name) for name in _EXPERTS if name in args.explicit}
+    weights_follow = args.load_base_model or (model.init_from_hf_path and not model.random_init)
+    if weights_follow and args.load_strict:
+        fields["perform_initialization"] = False  # all values are about to be replaced
     fields[DIVISOR] = args.make_vocab_size_divisible_by
     if args.bf16:
         fields |= {"bf16": True, "params_dtype": torch.bfloat16}

@@ -92,7 +92,11 @@ def test_what_the_flags_decide(tmp_path: Path) -> None:
         "calculate_per_token_loss": False,
         "variable_seq_lengths": False,
         "make_vocab_size_divisible_by": 128,
+        "perform_initialization": False,
     }
+    # Values that may stay have to be drawn.
+    assert "perform_initialization" not in layout(tmp_path, "qwen3_vl", "--load-strict false", 1)
+    assert "perform_initialization" not in layout(tmp_path, "qwen3_vl", "", 1, random_init=True)
     assert layout(tmp_path, "qwen3_vl", "--calculate-per-sample-loss", 1)["calculate_per_token_loss"]
     line = "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 --bf16"
     line += " --recompute-granularity full --recompute-method block --recompute-num-layers 1"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from mindspeed_mm.distributed.meta import materialize, meta_init
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.megatron.blueprint import Blueprint
 from mindspeed_mm.models.megatron.split_images import split_images
@@ -64,14 +66,16 @@ class ImageEncoder(nn.Module):
         dtype: torch.dtype,
         attention: Any = None,
         shared_by: dist.ProcessGroup | None = None,
+        random_weights: bool = True,
     ) -> None:
-        """Build it with random weights from torch's global generator.
+        """Build it.
 
         Args:
             blueprint: the model.
             dtype: of the parameters.
             attention: ``attn_implementation`` as Transformers takes it; None: its choice.
             shared_by: the tensor-parallel ranks, if they are to share the images of a micro-batch.
+            random_weights: from torch's global generator; otherwise the weights are undefined, and have to be read.
 
         Raises:
             UserError: images are to be shared, and it is not known how this family takes them.
@@ -79,7 +83,9 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self._family = family_of(blueprint.config)
         self._paths: dict[str, str] = {}
-        backbone = _without_decoder(blueprint, attention, dtype)
+        with nullcontext() if random_weights else meta_init():
+            backbone = _without_decoder(blueprint, attention, dtype)
+        materialize(backbone, torch.device("cpu"))
         # Not registered: the modules have one path each, through `encoder` and `projector`.
         self._unregistered = (backbone, f"{blueprint.backbone_path}.")
         self.encoder = self._take("encoder", "vision_encoder")

@@ -124,3 +124,18 @@ def test_not_strict_takes_what_fits(ranks1: RankPool, tmp_path: Path) -> None:
     tiny.save_tiny("qwen2_5_vl", tmp_path)
     ((lines, kept),) = ranks1.run(load_loosely, str(tmp_path))
     assert len(lines) == 1 and kept
+
+
+def build_without_values(folder: str) -> tuple[bool, bool]:
+    """Return whether random numbers were drawn, and whether all values are the folder's."""
+    vlm.start()
+    before = torch.get_rng_state()
+    (model,) = vlm.build(folder, megatron={"perform_initialization": False})
+    drawn = not torch.equal(before, torch.get_rng_state())
+    right = dict(tiny.tiny_model("qwen2_5_vl").named_parameters())
+    return drawn, all(torch.equal(view, right[piece.hf_name][piece.block]) for piece, view in boxes(model))
+
+
+def test_values_that_are_read_next_are_not_drawn_first(ranks1: RankPool, tmp_path: Path) -> None:
+    tiny.save_tiny("qwen2_5_vl", tmp_path)
+    assert ranks1.run(build_without_values, str(tmp_path)) == [(False, True)]
