@@ -95,10 +95,9 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
         if self.pre_process and self.blueprint.backbone_path:
             self.image_encoder = ImageEncoder(
                 self.blueprint,
-                self.config.params_dtype,
+                self.config,
                 attention_implementation(config, self.blueprint.config),
                 parallel_state.get_tensor_model_parallel_group() if config.enable_encoder_dp else None,
-                random_weights=self.config.perform_initialization,
             )
         self.text_decoder = TextDecoder(
             self.config,

@@ -49,7 +49,7 @@ def _shares(model: nn.Module) -> dict[str, list[Piece]]:
     if decoder is not model:
         encoder: Any = getattr(model, "image_encoder", None)
         if encoder is not None:
-            names.update(_whole(encoder, "image_encoder.", encoder.hf_name))
+            names.update(_encoder_shares(encoder, "image_encoder.", encoder.hf_name))
     path = "" if decoder is model else "text_decoder."
     names.update({path + name: boxes for name, boxes in _decoder_pieces(decoder, hf_decoder).items()})
     return names
@@ -85,24 +85,28 @@ def _unwrap(model: Any) -> Any:
     return model
 
 
-def _whole(module: nn.Module, path: str, hf_name: Any) -> dict[str, list[Piece]]:
-    """Modules of Hugging Face, which every tensor-parallel rank holds whole."""
+def _encoder_shares(module: nn.Module, path: str, hf_name: Any) -> dict[str, list[Piece]]:
+    """Modules of Hugging Face, whole on every tensor-parallel rank but for the linear layers of the projector."""
     from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
-    replica = parallel_state.get_tensor_model_parallel_rank() > 0
-    return {
-        path + name: [
-            Piece(
-                hf_name(name),
-                tuple(parameter.shape),
-                (0,) * parameter.dim(),
-                tuple(parameter.shape),
-                tuple(slice(0, size) for size in parameter.shape),
-                replica,
-            )
-        ]
-        for name, parameter in module.named_parameters()
-    }
+    rank, ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    split_along: dict[str, int] = {}
+    for name, child in module.named_modules():
+        if isinstance(child, ColumnParallelLinear):
+            split_along |= {f"{name}.weight": 0, f"{name}.bias": 0}
+        elif isinstance(child, RowParallelLinear):
+            split_along[f"{name}.weight"] = 1
+    found = {}
+    for name, parameter in module.named_parameters():
+        sizes, offsets, whole = tuple(parameter.shape), [0] * parameter.dim(), list(parameter.shape)
+        dim = split_along.get(name)
+        if dim is not None:
+            offsets[dim], whole[dim] = rank * sizes[dim], ranks * sizes[dim]
+        local = tuple(slice(0, size) for size in sizes)
+        replica = dim is None and rank > 0
+        found[path + name] = [Piece(hf_name(name), tuple(whole), tuple(offsets), sizes, local, replica)]
+    return found
 
 
 @dataclass(frozen=True)

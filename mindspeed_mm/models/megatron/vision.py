@@ -53,7 +53,7 @@ class _Captured(nn.Module):
 class ImageEncoder(nn.Module):
     """The Hugging Face model without its text decoder: vision tower, projector, and how features enter the text.
 
-    All tensor-parallel ranks hold it whole, and compute the same or share the images.
+    All tensor-parallel ranks hold the tower whole, and compute the same there or share the images.
 
     Attributes:
         encoder: the vision tower.
@@ -63,19 +63,19 @@ class ImageEncoder(nn.Module):
     def __init__(
         self,
         blueprint: Blueprint,
-        dtype: torch.dtype,
+        config: Any,
         attention: Any = None,
         shared_by: dist.ProcessGroup | None = None,
-        random_weights: bool = True,
     ) -> None:
         """Build it.
 
+        Its values are random, from torch's global generator; undefined without ``config.perform_initialization``.
+
         Args:
             blueprint: the model.
-            dtype: of the parameters.
+            config: ``TransformerConfig`` of the text decoder, for dtype and tensor-parallel ranks.
             attention: ``attn_implementation`` as Transformers takes it; None: its choice.
             shared_by: the tensor-parallel ranks, if they are to share the images of a micro-batch.
-            random_weights: from torch's global generator; otherwise the weights are undefined, and have to be read.
 
         Raises:
             UserError: images are to be shared, and it is not known how this family takes them.
@@ -83,8 +83,8 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self._family = family_of(blueprint.config)
         self._paths: dict[str, str] = {}
-        with nullcontext() if random_weights else meta_init():
-            backbone = _without_decoder(blueprint, attention, dtype)
+        with nullcontext() if config.perform_initialization else meta_init():
+            backbone = _without_decoder(blueprint, attention, config.params_dtype)
         materialize(backbone, torch.device("cpu"))
         # Not registered: the modules have one path each, through `encoder` and `projector`.
         self._unregistered = (backbone, f"{blueprint.backbone_path}.")
@@ -100,6 +100,17 @@ class ImageEncoder(nn.Module):
                     f"images, so that tensor-parallel ranks cannot share them. Remove the key."
                 )
             split_images(self.encoder, self._blank, shared_by)
+        elif config.tensor_model_parallel_size > 1:
+            self._split_projector(config)
+
+    def _split_projector(self, config: Any) -> None:
+        """Let tensor-parallel ranks share it; where they share the images, each needs it whole for its own."""
+        from mindspeed_mm.models.megatron.projector import split_projector
+
+        backbone, prefix = self._unregistered
+        for path in self._family.components["vision_projector"]:
+            if _has(backbone, path.removeprefix(prefix)):
+                split_projector(backbone.get_submodule(path.removeprefix(prefix)), config)
 
     def _take(self, name: str, component: str) -> nn.Module | None:
         backbone, prefix = self._unregistered
