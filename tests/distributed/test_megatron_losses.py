@@ -13,6 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from mindspeed_mm.distributed import chunks
+from mindspeed_mm.distributed.main_parameters import MainParameters
+from mindspeed_mm.engine.megatron import MegatronEngine
+from mindspeed_mm.errors import UserError
 from tests.distributed.megatron_step import Layout, check, run
 from tests.distributed.test_megatron_parity import SEQUENCE, STAGES, ULYSSES
 from tests.models import tiny
@@ -83,3 +87,21 @@ def test_means_of_micro_batches_are_averaged(folder: Path, ranks2: RankPool) -> 
     loss, gradients = oracle(mean_of_means=True)
     answers = ranks2.run(run, str(folder), LAYOUTS["cp2"], micro_batches()[0], "per_sample_loss", means=True)
     check(answers, {"loss": loss}, gradients)
+
+
+def mismatch(folder: str) -> str:
+    vlm.start()
+    wrapped = chunks.reduce_gradients(vlm.build(folder), sharded=False)
+    mains = MainParameters(wrapped, sharded=False)
+    optimizer = torch.optim.SGD(mains.values)
+    sizes = {"clip_grad": 0.0, "sequence_length": 1, "micro_batch_size": 1}
+    try:
+        MegatronEngine(wrapped, mains, optimizer, per_sample_loss=True, **sizes)
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_model_whose_gradients_would_be_divided_twice_is_refused(folder: Path, ranks1: RankPool) -> None:
+    (told,) = ranks1.run(mismatch, str(folder))
+    assert "calculate_per_token_loss of the TransformerConfig is False" in told and "--calculate-per-sample" in told

@@ -34,6 +34,7 @@ _QWEN = {
 }
 _TOKENS = {
     "qwen3_vl": _QWEN,
+    "qwen3_vl_moe": _QWEN,
     "qwen2_5_vl": _QWEN,
     "internvl": {"image_token_id": "<IMG_CONTEXT>"},
     "qwen2_audio": {"audio_token_index": "<|AUDIO|>"},
