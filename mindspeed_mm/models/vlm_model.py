@@ -245,7 +245,12 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
             None if decoder_input is None else split.take(decoder_input, 1).transpose(0, 1).contiguous(),
             split.take(position_ids, -1),
             attention_mask=self._packed(split),
-            packed_seq_params=self._with_routers(packed_seq_params, split, attention_mask, labels, cu_seqlens),
+            packed_seq_params=self._with_routers(
+                packed_seq_params,
+                split,
+                torch.ones_like(input_ids) if attention_mask is None else attention_mask,
+                labels,
+            ),
             features=None if features is None else split.take(features, 1),
         )
         if not self.post_process:
@@ -284,30 +289,25 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
         return split
 
     def _with_routers(
-        self,
-        packed_seq_params: Any,
-        split: SequenceSplit,
-        attention_mask: Tensor | None,
-        labels: Tensor | None,
-        cu_seqlens: Tensor | None,
+        self, packed_seq_params: Any, split: SequenceSplit, attention_mask: Tensor, labels: Tensor | None
     ) -> Any:
         """Let the routers know which tokens count and for how much, where they have a loss."""
-        if self.router_losses is None or labels is None:
+        if self.router_losses is None:
             return packed_seq_params
-        if attention_mask is None or attention_mask.dim() != 2:
-            attention_mask = torch.ones_like(labels)
         counted = attention_mask.bool()
-        weights = {
-            "default": 1,
-            "per_sample_loss": len(labels) if cu_seqlens is None else len(cu_seqlens) - 1,
-            "per_token_loss": (shift_labels(labels) != IGNORE).sum(),
-        }
+        weight: Tensor | int = 1
+        if self._loss.loss_type == "per_sample_loss":
+            weight = len(counted) if split.local_cu_seqlens is None else len(split.local_cu_seqlens) - 1
+        elif self._loss.loss_type == "per_token_loss":
+            if labels is None:
+                raise UserError(
+                    "the router loss needs 'labels' of every stage's batch under --calculate-per-token-loss"
+                )
+            weight = (shift_labels(labels) != IGNORE).sum()
         here = split.take(counted, 1, False).t()
         if self.config.sequence_parallel:
             here = here.chunk(self.config.tensor_model_parallel_size)[self.text_decoder.vocabulary.rank]
-        batch = self.router_losses.begin(weights[self._loss.loss_type], here, counted.sum())
-        batch.packed_seq_params = packed_seq_params
-        return batch
+        return self.router_losses.begin(weight, here, counted.sum(), packed_seq_params)
 
     def _packed(self, split: SequenceSplit) -> Tensor | None:
         """Return where packed samples begin, for our attention to keep them apart; None if nothing is packed.

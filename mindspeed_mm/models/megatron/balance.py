@@ -66,19 +66,22 @@ class RouterLosses:
             if hasattr(layer.mlp, "router"):
                 _watch(layer.mlp.router, int(layer.layer_number))
 
-    def begin(self, weight: Tensor | int, counted: Tensor, tokens: Tensor | int) -> MicroBatch:
+    def begin(
+        self, weight: Tensor | int, counted: Tensor, tokens: Tensor | int, packed_seq_params: Any = None
+    ) -> MicroBatch:
         """Return what goes with a micro-batch through the layers, in the place of ``packed_seq_params``.
 
         Args:
             weight: of its loss: 1, its samples or its targets.
             counted: (S, B) bool, which of the positions that are here count.
             tokens: how many count, those elsewhere included.
+            packed_seq_params: what the layers' attention gets under this name.
         """
-        self._batches.append(MicroBatch(self, weight, counted.flatten()[:, None], tokens))
+        self._batches.append(MicroBatch(self, weight, counted.flatten()[:, None], tokens, packed_seq_params))
         return self._batches[-1]
 
     def take(self) -> list[Tensor]:
-        """Return, and forget, the loss of each micro-batch of the step: of the layers here, a scalar each."""
+        """Return, and forget, the loss of each micro-batch of the step: that of the layers here, a scalar each."""
         batches, self._batches = self._batches, []
         return [batch.value() for batch in batches]
 
@@ -91,7 +94,7 @@ class MicroBatch:
     weight: Tensor | int
     counted: Tensor
     tokens: Tensor | int
-    packed_seq_params: Any = None
+    packed_seq_params: Any
     seen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of each layer: c and p, both (E,) fp32
 
     def attach(self, layer: int, logits: Tensor, probs: Tensor, routing_map: Tensor) -> Tensor:
@@ -125,13 +128,10 @@ class MicroBatch:
 
     def value(self) -> Tensor:
         """Return the loss of the layers here."""
-        losses, (counts, sums) = self.losses, ([], [])
-        for c, p in self.seen.values():
-            counts.append(c)
-            sums.append(p)
-        if not counts:
+        losses = self.losses
+        if not self.seen:
             return self.counted.new_zeros((), dtype=torch.float32)
-        c, p = torch.stack(counts), torch.stack(sums)
+        c, p = (torch.stack(part) for part in zip(*self.seen.values(), strict=True))
         if losses.formula == "megatron":
             return (c * p).sum() * (c.shape[1] / (losses.top_k * self.tokens**2))
         return (c.sum(0) * p.sum(0)).sum() * (c.shape[1] / (losses.layers * self.tokens) ** 2)
