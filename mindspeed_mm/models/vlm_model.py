@@ -246,10 +246,7 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
             split.take(position_ids, -1),
             attention_mask=self._packed(split),
             packed_seq_params=self._with_routers(
-                packed_seq_params,
-                split,
-                torch.ones_like(input_ids) if attention_mask is None else attention_mask,
-                labels,
+                packed_seq_params, split, _real_tokens(input_ids, attention_mask), labels
             ),
             features=None if features is None else split.take(features, 1),
         )
@@ -289,12 +286,11 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
         return split
 
     def _with_routers(
-        self, packed_seq_params: Any, split: SequenceSplit, attention_mask: Tensor, labels: Tensor | None
+        self, packed_seq_params: Any, split: SequenceSplit, counted: Tensor, labels: Tensor | None
     ) -> Any:
         """Let the routers know which tokens count and for how much, where they have a loss."""
         if self.router_losses is None:
             return packed_seq_params
-        counted = attention_mask.bool()
         weight: Tensor | int = 1
         if self._loss.loss_type == "per_sample_loss":
             weight = len(counted) if split.local_cu_seqlens is None else len(split.local_cu_seqlens) - 1
@@ -361,6 +357,13 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
         """Put the batch first, and leave out the positions that were added, where these are the last ones."""
         logits = logits.transpose(0, 1)
         return logits if self.config.context_parallel_size > 1 else logits[:, : whole.shape[1]]
+
+
+def _real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Return (B, S) bool, False for padding."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    return attention_mask.bool()
 
 
 def _first(*values: bool | None) -> bool:
