@@ -54,7 +54,7 @@ def save_tiny_hf_folder(family: str, folder: Path, vocabulary: int | None = None
 
     from tests.models.tiny import tiny_config
 
-    tokenizer = save_tiny_processor(family, folder).tokenizer
+    tokenizer = save_tiny_processor(family.removesuffix("_moe"), folder).tokenizer
     config = tiny_config(family)
     for name, token in _TOKENS[family].items():
         setattr(config, name, tokenizer.convert_tokens_to_ids(token))
