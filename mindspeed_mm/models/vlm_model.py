@@ -293,7 +293,8 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
             return packed_seq_params
         weight: Tensor | int = 1
         if self._loss.loss_type == "per_sample_loss":
-            weight = len(counted) if split.local_cu_seqlens is None else len(split.local_cu_seqlens) - 1
+            samples = len(counted) if split.local_cu_seqlens is None else len(split.local_cu_seqlens) - 1
+            weight = samples * self.config.context_parallel_size  # each of these ranks counts all of them
         elif self._loss.loss_type == "per_token_loss":
             if labels is None:
                 raise UserError(

@@ -37,6 +37,7 @@ CASES: dict[str, tuple[dict[str, Any], str, Layout]] = {
     "cp2-ring": (MEGATRON, "per_token_loss", Layout(sizes={"context": 2}, config=RING)),
     "cp2-recompute": (MEGATRON, "default", Layout(sizes={"context": 2}, config={**ULYSSES, **RECOMPUTE}, quick=True)),
     "cp2-hf": (HUGGING_FACE, "per_token_loss", Layout(sizes={"context": 2}, config=ULYSSES, sharded=True)),
+    "cp2-samples": (MEGATRON, "per_sample_loss", Layout(sizes={"context": 2}, config=RING, quick=True)),
     "tp2-sp-ep2": (
         MEGATRON,
         "per_sample_loss",

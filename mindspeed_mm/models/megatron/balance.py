@@ -72,7 +72,7 @@ class RouterLosses:
         """Return what goes with a micro-batch through the layers, in the place of ``packed_seq_params``.
 
         Args:
-            weight: of its loss: 1, its samples or its targets.
+            weight: of its loss: 1, or the samples or targets that its context-parallel ranks together count.
             counted: (S, B) bool, which of the positions that are here count.
             tokens: how many count, those elsewhere included.
             packed_seq_params: what the layers' attention gets under this name.
