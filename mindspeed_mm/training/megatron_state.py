@@ -128,7 +128,8 @@ class MegatronState:
         for main in self.engine.mains.all:
             for kind in sorted(kinds):
                 names = [_PREFIX + piece.hf_name for piece, _ in self._boxes(main, main.value.detach())]
-                entry = entries.get(f"{names[0]}.{kind}")
+                # Rows of a vocabulary that are padding have no name, and no state worth keeping.
+                entry = entries.get(f"{names[0]}.{kind}") if names else None
                 if entry is None:
                     continue
                 if len(entry.size):
@@ -146,7 +147,8 @@ class MegatronState:
             beside = bool(group.get("fused") or group.get("capturable"))
             for value in group["params"]:
                 main = next(main for main in self.engine.mains.all if main.value is value)
-                name = _PREFIX + next(self._boxes(main, value.detach()))[0].hf_name
+                first = next(self._boxes(main, value.detach()), None)
+                name = first and _PREFIX + first[0].hf_name
                 for key, step in self._steps.items():
                     owner, _, kind = key.removeprefix(PREFIX).rpartition(".")
                     if owner == name:
