@@ -75,6 +75,7 @@ class MegatronEngine:
         self.gathers_late = bool(chunks[0].ddp_config.overlap_param_gather)
         self._schedule = get_forward_backward_func()
         self._context = parallel.sizes().context
+        self._replicas = dist.get_world_size(parallel.replica_group())
         self._connect()
 
     def seed(self, seed: int) -> None:
@@ -98,15 +99,18 @@ class MegatronEngine:
         def step(iterator: Iterator[Any] | None, model: nn.Module) -> tuple[Any, Callable[[Any], Any]]:
             output, loss_func = read_forward(forward_step(iterator, model))
 
-            def loss(value: Any) -> tuple[Tensor, Report]:
+            def read(value: Any) -> tuple[Tensor, Report]:
                 result = read_loss(loss_func(value), per_token_loss=self.per_token_loss)
                 if forward_only:
                     return result.loss.detach().clone(), result.report
                 if result.num_tokens is not None:
                     token_counts.append(result.num_tokens)
-                return self._to_optimise(result, num_microbatches), result.report
+                loss = self._to_optimise(result, num_microbatches)
+                for listener in self.listeners:  # with what the schedule does to it
+                    listener.loss(loss.detach() * (self._context / num_microbatches), result.num_tokens)
+                return loss, result.report
 
-            return output, loss
+            return output, read
 
         with phase("forward and backward"):
             reports = self._schedule(
@@ -120,8 +124,10 @@ class MegatronEngine:
             )
         if not forward_only:
             self.mains.take_gradients()
-            if self.per_token_loss:
-                self._divide_by_tokens(token_counts)
+            # DDP has divided by the ranks, or nothing has been divided yet.
+            factor = self._divide_by_tokens(token_counts) if self.per_token_loss else 1.0 / self._replicas
+            for listener in self.listeners:
+                listener.gradients_reduced(factor)
         return share_reports(reports)
 
     def optimizer_step(self) -> StepResult:
@@ -130,7 +136,11 @@ class MegatronEngine:
             norm = self.mains.gradient_norm()
             if self.clip_grad > 0:
                 clip_by_norm(self.mains.values, norm, self.clip_grad)
+            for listener in self.listeners:
+                listener.gradients_clipped(norm)
             step_if_finite(self.optimizer, norm)
+            for listener in self.listeners:
+                listener.updated()
             self.mains.publish(wait=not self.gathers_late)
             self.optimizer.zero_grad(set_to_none=True)
         return StepResult(norm)
@@ -185,13 +195,16 @@ class MegatronEngine:
             dist.all_reduce(tokens, group=parallel_state.get_context_parallel_group())
         return loss / at_least_one(tokens)
 
-    def _divide_by_tokens(self, counts: list[Tensor]) -> None:
+    def _divide_by_tokens(self, counts: list[Tensor]) -> Tensor:
+        """Return what the gradients were multiplied with."""
         total = torch.zeros((), dtype=torch.float32, device=accelerator.device())
         if counts:
             total += torch.stack(counts).sum()
         dist.all_reduce(total, group=parallel.replica_group())
         parallel.broadcast_from_last_stage(total)
-        scale_gradients(self.mains.values, 1 / at_least_one(total))
+        factor = 1 / at_least_one(total)
+        scale_gradients(self.mains.values, factor)
+        return factor
 
 
 def _for_each(count: int, iterator: Iterator[Any] | None) -> Any:

@@ -102,6 +102,7 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
         self._check(layers)
         self._positions = Positions(self.blueprint)
         self._padding_is_known = False
+        self.split: SequenceSplit | None = None
         self._loss = config.loss_cfg
         self._freezes = config
         self.freeze()
@@ -226,7 +227,7 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
         features = None
         if self.pre_process and decoder_input is None:
             decoder_input, features = self._embed(input_ids, {**media, "position_ids": position_ids}, vision_metadata)
-        split = self._split(input_ids.shape[1], cu_seqlens)
+        split = self.split = self._split(input_ids.shape[1], cu_seqlens)
         hidden = self.text_decoder(
             None if decoder_input is None else split.take(decoder_input, 1).transpose(0, 1).contiguous(),
             split.take(position_ids, -1),
