@@ -55,3 +55,12 @@ def test_one_rank(vlm: Job, ranks1: RankPool, tmp_path: Path) -> None:
     for p in PHASES: print(worst(d, p))
     print(sorted(((v, str(k)) for k, v in d.items()), reverse=True)[:20])
     check(megatron, fsdp2)
+
+
+def test_effective_values_have_the_same_names(vlm: Job, ranks1: RankPool, tmp_path: Path) -> None:
+    vlm.model["text_decoder"] = {"attention_dropout": 0.1}
+    vlm.flags |= {"train-iters": 1, "precision-capture": "steps=0,level=parameter"}
+    megatron = on_megatron(ranks1, vlm, tmp_path / "megatron").manifest["effective"]
+    fsdp2 = record(ranks1, vlm, tmp_path / "fsdp2").manifest["effective"]
+    for key in fsdp2:
+        print(key, str(fsdp2.get(key))[:1500], "\n        ", str(megatron.get(key))[:1500])

@@ -112,9 +112,9 @@ def chunk_sites(chunk: Any, layout: Mapping[str, Sequence[Piece]]) -> Iterator[C
 def rotary_frequencies(chunk: Any) -> dict[str, Tensor]:
     """Return the frequencies of the text decoder's rotary angles, by the name of the Hugging Face model's buffer."""
     rotary: Any = getattr(getattr(chunk, _DECODER, None), "rotary_pos_emb", None)
-    if not hasattr(chunk, "blueprint") or not hasattr(rotary, "frequencies"):
+    if not hasattr(chunk, "blueprint") or not hasattr(rotary, "inv_freq"):
         return {}
-    return {f"{chunk.blueprint.decoder_path}.rotary_emb.inv_freq": rotary.frequencies}
+    return {f"{chunk.blueprint.decoder_path}.rotary_emb.inv_freq": rotary.inv_freq}
 
 
 def _named(chunk: Any) -> Iterator[ChunkSite]:

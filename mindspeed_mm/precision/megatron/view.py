@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mindspeed_mm import accelerator
-from mindspeed_mm.checkpoint.coordination import gather
 from mindspeed_mm.checkpoint.main_boxes import main_boxes
 from mindspeed_mm.distributed import parallel
-from mindspeed_mm.distributed.main_parameters import MainParameter, MainParameters, is_expert, named_globally, unwrap
+from mindspeed_mm.distributed.main_parameters import MainParameter, MainParameters, is_expert, unwrap
 from mindspeed_mm.distributed.piece import Piece
 from mindspeed_mm.models.megatron.layout import pieces
 from mindspeed_mm.precision.megatron.hooks import PipelineHooks
+from mindspeed_mm.precision.megatron.names import gather_names
 from mindspeed_mm.precision.megatron.sites import rotary_frequencies
 from mindspeed_mm.precision.placement import Placed, box_of
 from mindspeed_mm.precision.pool import StepPool
@@ -54,7 +54,8 @@ class MegatronView:
         self.speaks_for_loss = first
         self.speaks = first and ps.get_context_parallel_rank() == 0 and parallel.is_first_stage()
         self._held = list(_held(self._chunks, self._layouts, mains))
-        self._group_names, self._names = self._all_names(chunks, group_names)
+        names = gather_names(self._chunks, self._layouts, self._blueprint and self._blueprint.model)
+        self._group_names, self._names = names.of_groups(group_names), names.trained
         self._numbers = {name: number for number, name in enumerate(self._names)}
 
     @property
@@ -108,26 +109,6 @@ class MegatronView:
             squares.index_add_(0, torch.tensor(numbers, device=squares.device), norms.square())
         dist.all_reduce(squares)
         return squares.sqrt()
-
-    def _all_names(
-        self, chunks: Sequence[nn.Module], group_names: Sequence[Sequence[str]]
-    ) -> tuple[list[list[str]], list[str]]:
-        """Return the Hugging Face names of each group, and of all that is trained, in the model's order."""
-        mine = {
-            global_name: ([piece.hf_name for piece in layout[name]], parameter.requires_grad)
-            for chunk, inner, layout in zip(chunks, self._chunks, self._layouts, strict=True)
-            for (name, parameter), (global_name, _) in zip(inner.named_parameters(), named_globally(chunk), strict=True)
-        }
-        known: dict[str, set[str]] = {}
-        trained: set[str] = set()
-        for part in gather(mine):
-            for name, (hf_names, requires_grad) in part.items():
-                known.setdefault(name, set()).update(hf_names)
-                trained |= set(hf_names) if requires_grad else set()
-        groups = [list(dict.fromkeys(hf for name in names for hf in sorted(known[name]))) for names in group_names]
-        order = [] if self._blueprint is None else [name for name, _ in self._blueprint.model.named_parameters()]
-        place = {name: number for number, name in enumerate(order)}
-        return groups, sorted(trained, key=lambda name: (place.get(name, len(place)), name))
 
 
 def _held(
