@@ -184,21 +184,6 @@ def mark_split_parameters(chunk: nn.Module) -> None:
                     parameter.tensor_model_parallel = True
 
 
-def is_summed_over_tensor_parallel(config: Any, name: str, parameter: nn.Parameter) -> bool:
-    """Return whether each tensor-parallel rank has a part or a summand of this parameter's gradient, not all of it.
-
-    Args:
-        config: megatron-core's ``TransformerConfig``.
-        name: of the parameter. megatron-core goes by it too, where heads are split but their norms are not.
-        parameter: of the model.
-    """
-    if getattr(parameter, "tensor_model_parallel", False):
-        return True
-    if config.sequence_parallel and getattr(parameter, "sequence_parallel", False):
-        return True
-    return bool(config.qk_layernorm and ("q_layernorm" in name or "k_layernorm" in name))
-
-
 def _counts(parameter: nn.Parameter) -> bool:
     from megatron.core import parallel_state
 

@@ -1,4 +1,4 @@
-"""A record of the Megatron road says the same as one of the other road, of any layout of the model."""
+"""A record of the Megatron road says the same as one of the other road, whatever the layout of the model."""
 
 from __future__ import annotations
 
@@ -8,59 +8,87 @@ from typing import Any
 import pytest
 
 from mindspeed_mm.precision.compare import compare
+from mindspeed_mm.precision.invariants import invariants
 from mindspeed_mm.precision.record import Record
-from tests.precision.megatron_runs import CP, PP, SP, TP, on_megatron
-from tests.precision.runs import distances, record, varied_rows, worst
+from tests.precision import megatron_runs as runs
+from tests.precision.megatron_runs import CP, PP, SHARDED, SP, TP, Program, make_job, on_megatron
+from tests.precision.runs import distances, record, worst
 from tests.ranks import RankPool
 from tests.training.job import Job, save_tiny_hf_folder
 
 PHASES = ("data weights", "forward loss", "backward", "grad_local", "grad_reduced grad_clipped")
+ATTENTION = "model.language_model.layers.0.self_attn"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def even_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Qwen3-VL whose vocabulary two ranks can share. Tests must not write to it."""
     return save_tiny_hf_folder("qwen3_vl", tmp_path_factory.mktemp("hf"), vocabulary=320)
 
 
+@pytest.fixture(scope="module")
+def fsdp2(even_folder: Path, ranks2: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Record:
+    """The reference: the other road."""
+    folder = tmp_path_factory.mktemp("fsdp2")
+    return record(ranks2, make_job(folder, even_folder), folder / "record")
+
+
 @pytest.fixture
 def vlm(tmp_path: Path, even_folder: Path) -> Job:
-    """Two steps of eight samples of all kinds, in which everything is trained."""
-    job = Job(tmp_path, even_folder)
-    job.rows = varied_rows(tmp_path)
-    job.model["image_encoder"] = {"vision_encoder": {"freeze": False}}
-    job.flags |= {"train-iters": 2, "global-batch-size": 8, "micro-batch-size": 2, "calculate-per-token-loss": True}
-    job.flags |= {"precision-capture": "steps=0-1", "clip-grad": "0.5", "adam-eps": "1e-5", "seq-length": 160}
-    return job
+    return make_job(tmp_path, even_folder)
 
 
 def check(found: Record, expected: Record, limit: float = 1e-5) -> None:
-    """Check that two records have no finding, and that all they have in common is the same."""
-    verdict = compare(expected, found)
-    assert not verdict.findings, verdict.findings[0]
+    """Check that two records have no finding either way, and that all they have in common is the same."""
+    for verdict in (compare(expected, found), compare(found, expected), invariants(found)):
+        assert not verdict.findings, verdict.findings[0]
     apart = distances(found, expected)
     for phases in PHASES:
         assert worst(apart, phases)[0] <= limit, worst(apart, phases)
+    mine, theirs = found.step(0), expected.step(0)
+    for phases in ("weights", "grad_local", "grad_reduced", "grad_clipped", "optimizer"):
+        names = [{(key.site, key.what) for key in step.of_phase(phases)} for step in (mine, theirs)]
+        assert {name for name in names[0] ^ names[1] if name[1] != "buffer"} == set(), phases
+    assert mine.scalars == pytest.approx(theirs.scalars, rel=1e-6)
+    assert [s.id for s in mine.samples] == [s.id for s in theirs.samples]
+    assert {"index"} & {sketch.rows for sketch in mine.entries.values()} == set()
 
 
-def test_one_rank(vlm: Job, ranks1: RankPool, tmp_path: Path) -> None:
-    fsdp2 = record(ranks1, vlm, tmp_path / "fsdp2")
-    megatron = on_megatron(ranks1, vlm, tmp_path / "megatron")
-    a, b = fsdp2.step(0).entries, megatron.step(0).entries
-    print("ONLY MEGATRON", [str(k) for k in b if k not in a])
-    print("MISSING", [str(k) for k in a if k not in b and k.phase not in ("forward", "backward")])
-    print("MISSING fwd", [str(k) for k in a if k not in b and k.phase in ("forward",)])
-    print("MISSING bwd", [str(k) for k in a if k not in b and k.phase in ("backward",)])
-    d = distances(megatron, fsdp2)
-    for p in PHASES: print(worst(d, p))
-    print(sorted(((v, str(k)) for k, v in d.items()), reverse=True)[:20])
-    check(megatron, fsdp2)
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "data parallel, optimizer distributed": SHARDED,
+    "tensor": TP,
+    "tensor, sequence": SP,
+    "pipeline": PP,
+    "context": CP,
+}
 
 
-def test_effective_values_have_the_same_names(vlm: Job, ranks1: RankPool, tmp_path: Path) -> None:
-    vlm.model["text_decoder"] = {"attention_dropout": 0.1}
-    vlm.flags |= {"train-iters": 1, "precision-capture": "steps=0,level=parameter"}
-    megatron = on_megatron(ranks1, vlm, tmp_path / "megatron").manifest["effective"]
-    fsdp2 = record(ranks1, vlm, tmp_path / "fsdp2").manifest["effective"]
-    for key in fsdp2:
-        print(key, str(fsdp2.get(key))[:1500], "\n        ", str(megatron.get(key))[:1500])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_ranks(layout: str, vlm: Job, fsdp2: Record, ranks2: RankPool, tmp_path: Path) -> None:
+    check(on_megatron(ranks2, vlm, tmp_path / "record", **LAYOUTS[layout]), fsdp2)
+
+
+FAULTS: dict[str, tuple[Program | None, dict[str, Any], str, str]] = {
+    "norm eps": (runs.norm_eps, PP, "forward", "model.language_model.layers.1.input_layernorm"),
+    "rope base": (runs.rope_base, TP, "weights", "model.language_model.rotary_emb.inv_freq"),
+    "angles": (runs.wrong_angles, TP, "forward", "model.language_model.rotary_emb"),
+    "one rank's input of o_proj": (runs.scaled_input_of_one_rank, TP, "forward", f"{ATTENTION}.o_proj"),
+    "norms left alone": (
+        runs.norms_left_alone,
+        SP,
+        "grad_reduced",
+        "model.language_model.layers.1.input_layernorm.weight",
+    ),
+    "scaled loss": (runs.scaled_loss, PP, "loss", "loss"),
+    "another weight": (runs.another_weight, SP, "weights", "model.language_model.layers.1.self_attn.k_proj.weight"),
+    "lr": (None, {**PP, "lr": "2e-3"}, "optimizer", "lr"),
+    "weight decay": (None, {**PP, "weight_decay": "0.1001"}, "optimizer", "weight_decay"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_mistake_is_named(name: str, vlm: Job, fsdp2: Record, ranks2: RankPool, tmp_path: Path) -> None:
+    program, flags, phase, site = FAULTS[name]
+    first = compare(fsdp2, on_megatron(ranks2, vlm, tmp_path / "record", program, **flags)).first
+    assert first is not None and (first.phase, first.step) == (phase, 0), first
+    assert first.site == site or (phase == "optimizer" and first.site.startswith(site)), first

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from mindspeed_mm.distributed import parallel
-from mindspeed_mm.distributed.main_parameters import is_summed_over_tensor_parallel
 from mindspeed_mm.distributed.piece import Piece
 from mindspeed_mm.precision.entries import Call, Key
 from mindspeed_mm.precision.hooks import seen_inputs, seen_outputs
@@ -27,7 +26,7 @@ class PipelineHooks:
     """Watches all chunks of a rank; see :class:`~mindspeed_mm.precision.view.Hooks`.
 
     Args:
-        chunks: in their order, not wrapped.
+        chunks: in their order, not wrapped; modules are watched of those that are a ``VLMModel``.
         layouts: pieces of each one's parameters.
         pool: takes the sketches.
     """
@@ -40,12 +39,15 @@ class PipelineHooks:
         self._chunks = [
             ChunkHooks(chunk, layout, pool, parallel.place_in_pipeline(number), self._batches)
             for number, (chunk, layout) in enumerate(zip(chunks, layouts, strict=True))
+            if hasattr(chunk, "blueprint")
         ]
+        others = {type(chunk).__name__ for chunk in chunks if not hasattr(chunk, "blueprint")}
+        self._notes = [f"{name}: its modules are not recorded, only its parameters" for name in others]
 
     @property
     def notes(self) -> list[str]:
         """What a reader of the record should know."""
-        return list(dict.fromkeys(note for chunk in self._chunks for note in chunk.notes))
+        return list(dict.fromkeys([*self._notes, *(note for chunk in self._chunks for note in chunk.notes)]))
 
     @property
     def stages(self) -> dict[Key, int]:
@@ -112,8 +114,8 @@ class ChunkHooks(Watch):
         super().install()
         for name, parameter in self._chunk.named_parameters():
             if parameter.requires_grad:
-                adds_up = is_summed_over_tensor_parallel(self._chunk.config, name, parameter)
-                see = partial(self._see_local_gradient, self._layout[name], self._ranks.tensor > 0 and not adds_up)
+                copy = self._ranks.tensor > 0 and not self._adds_up(name, parameter)
+                see = partial(self._see_local_gradient, self._layout[name], copy)
                 self._handles.append(parameter.register_hook(see))
 
     def _forward_begins(self, *_: Any) -> None:
@@ -231,6 +233,14 @@ class ChunkHooks(Watch):
                 mine = positions.reshape(self._ranks.tensors, -1)[self._ranks.tensor]
                 batch.own[len(mine)] = batch.rows.at(mine)
         return batch.own
+
+    def _adds_up(self, name: str, parameter: nn.Parameter) -> bool:
+        """Return whether each tensor-parallel rank has a part of this parameter's gradient, or a summand of it."""
+        if getattr(parameter, "tensor_model_parallel", False):
+            return True
+        inside = name.startswith("text_decoder.decoder.")
+        heads = "q_layernorm" in name or "k_layernorm" in name
+        return inside and (heads or bool(self._chunk.config.sequence_parallel))
 
     def _see_local_gradient(self, layout: Sequence[Piece], copy: bool, gradient: Tensor) -> None:
         for piece in layout:
