@@ -64,13 +64,14 @@ def _modules(chunk: Any) -> list[tuple[str, nn.Module]]:
     sites = {site.path: (*site.outputs, *site.inputs)[0].site for site in chunk_sites(chunk, pieces(chunk))}
     found = []
     for path, module in chunk.named_modules():
-        own = path
-        while own and own not in sites:
-            own = own.rpartition(".")[0]
         if path.startswith("image_encoder."):
             found.append((chunk.image_encoder.hf_name(path.removeprefix("image_encoder.")), module))
-        elif own == path or not list(module.children()):
-            found.append((sites.get(own, path), module))
+            continue
+        own = path
+        while own.count(".") > 1 and own not in sites:
+            own = own.rpartition(".")[0]
+        if own in sites and (own == path or not list(module.children())):
+            found.append((sites[own], module))
     return found
 
 

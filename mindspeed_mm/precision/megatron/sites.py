@@ -126,22 +126,28 @@ def _named(chunk: Any) -> Iterator[ChunkSite]:
     path = blueprint.decoder_path
     inputs = (_input(blueprint.decoder, path, "inputs_embeds"),) if chunk.pre_process else ()
     outputs = (Share(path, "output.last_hidden_state"),) if chunk.post_process else ()
-    yield ChunkSite(_DECODER, decoder, False, inputs, outputs, _first)
-    dtype = chunk.config.params_dtype
-    angles = tuple(Share(f"{path}.rotary_emb", f"output.{number}", has_gradient=False) for number in range(2))
-    yield ChunkSite(
-        f"{_DECODER}.rotary_pos_emb",
-        decoder.rotary_pos_emb,
-        False,
-        (),
-        angles,
-        lambda output: (output.squeeze(2).cos().to(dtype), output.squeeze(2).sin().to(dtype)),
-    )
+    if inputs or outputs:
+        yield ChunkSite(_DECODER, decoder, False, inputs, outputs, _first)
+    if chunk.pre_process:  # every stage makes the angles, that model once
+        yield _angles(chunk)
     if chunk.post_process:
         head = _path_of(blueprint.model, blueprint.model.get_output_embeddings())
         logits = Share(head, "output.0", side_by_side=True)
         given = (Share(head, "input.0"),)
         yield ChunkSite(f"{_DECODER}.output_layer", decoder.output_layer, False, given, (logits,), _first, is_head=True)
+
+
+def _angles(chunk: Any) -> ChunkSite:
+    """Return the rotary angles, of which that model hands on cosine and sine."""
+    dtype, path = chunk.config.params_dtype, f"{chunk.blueprint.decoder_path}.rotary_emb"
+    return ChunkSite(
+        f"{_DECODER}.rotary_pos_emb",
+        chunk.text_decoder.rotary_pos_emb,
+        False,
+        (),
+        tuple(Share(path, f"output.{number}", has_gradient=False) for number in range(2)),
+        lambda output: (output.squeeze(2).cos().to(dtype), output.squeeze(2).sin().to(dtype)),
+    )
 
 
 def _input(module: nn.Module, path: str, name: str) -> Share:
