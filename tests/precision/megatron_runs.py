@@ -11,11 +11,12 @@ from unittest import mock
 import torch
 
 from mindspeed_mm.precision.record import Record
+from tests.data.tiny import save_tiny_processor
 from tests.precision.bench import train_here
 from tests.precision.faults import wrap_forward
 from tests.precision.runs import varied_rows
 from tests.ranks import RankPool
-from tests.training.job import ROOT, Job
+from tests.training.job import _QWEN, ROOT, Job
 
 TP = {"tensor_model_parallel_size": 2}
 SP = {**TP, "sequence_parallel": True}
@@ -28,11 +29,33 @@ OTHER_ROAD = {"use_torch_fsdp2": None, "fsdp2_config_path": None, "ckpt_format":
 Program = Callable[[], contextlib.AbstractContextManager[None]]
 
 
-def make_job(folder: Path, hf_folder: Path) -> Job:
+def save_model(folder: Path, family: str = "qwen3_vl", **text: Any) -> Path:
+    """Write a tiny Qwen3-VL whose vocabulary ranks can share; ``text`` changes the configuration of its decoder."""
+    import transformers
+
+    from tests.models.tiny import tiny_config
+
+    tokenizer = save_tiny_processor("qwen3_vl", folder).tokenizer
+    config = tiny_config(family, tie=text.pop("tie_word_embeddings", False))
+    for name, token in _QWEN.items():
+        setattr(config, name, tokenizer.convert_tokens_to_ids(token))
+    config.text_config.update({"vocab_size": 320, **text})
+    torch.manual_seed(0)
+    model = getattr(transformers, config.architectures[0])._from_config(config, dtype=torch.float32)
+    with torch.no_grad():  # norms that do something
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_job(folder: Path, hf_folder: Path, family: str = "qwen3_vl") -> Job:
     """Return two recorded steps of eight samples of all kinds, in which everything is trained."""
     folder.mkdir(parents=True, exist_ok=True)
     job = Job(folder, hf_folder)
     job.rows = varied_rows(folder)
+    job.model["model_id"] = family
     job.model["image_encoder"] = {"vision_encoder": {"freeze": False}}
     job.flags |= {"train-iters": 2, "global-batch-size": 8, "micro-batch-size": 2, "calculate-per-token-loss": True}
     job.flags |= {"precision-capture": "steps=0-1", "clip-grad": "0.5", "adam-eps": "1e-5", "seq-length": 160}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ from mindspeed_mm.precision.compare import compare
 from mindspeed_mm.precision.invariants import invariants
 from mindspeed_mm.precision.record import Record
 from tests.precision import megatron_runs as runs
-from tests.precision.megatron_runs import CP, PP, SHARDED, SP, TP, Program, make_job, on_megatron
+from tests.precision.megatron_runs import CP, EP, PP, SHARDED, SP, TP, Program, make_job, on_megatron, save_model
 from tests.precision.runs import distances, record, worst
 from tests.ranks import RankPool
-from tests.training.job import Job, save_tiny_hf_folder
+from tests.training.job import Job
 
 PHASES = ("data weights", "forward loss", "backward", "grad_local", "grad_reduced grad_clipped")
 ATTENTION = "model.language_model.layers.0.self_attn"
@@ -22,8 +23,8 @@ ATTENTION = "model.language_model.layers.0.self_attn"
 
 @pytest.fixture(scope="module")
 def even_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Qwen3-VL whose vocabulary two ranks can share. Tests must not write to it."""
-    return save_tiny_hf_folder("qwen3_vl", tmp_path_factory.mktemp("hf"), vocabulary=320)
+    """A tiny Qwen3-VL. Tests must not write to it."""
+    return save_model(tmp_path_factory.mktemp("hf"))
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +55,23 @@ def check(found: Record, expected: Record, limit: float = 1e-5) -> None:
     assert {"index"} & {sketch.rows for sketch in mine.entries.values()} == set()
 
 
+SLOW = pytest.mark.slow
 LAYOUTS: dict[str, dict[str, Any]] = {
     "data parallel, optimizer distributed": SHARDED,
     "tensor": TP,
     "tensor, sequence": SP,
     "pipeline": PP,
     "context": CP,
+    "context, optimizer distributed": {**CP, **SHARDED, "calculate_per_token_loss": True},
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+def params(table: dict[str, Any], default: Sequence[str]) -> list[Any]:
+    """Return the names of a table, those outside of the default suite marked as slow."""
+    return [name if name in default else pytest.param(name, marks=SLOW) for name in table]
+
+
+@pytest.mark.parametrize("layout", params(LAYOUTS, ["tensor, sequence", "pipeline", "context"]))
 def test_two_ranks(layout: str, vlm: Job, fsdp2: Record, ranks2: RankPool, tmp_path: Path) -> None:
     check(on_megatron(ranks2, vlm, tmp_path / "record", **LAYOUTS[layout]), fsdp2)
 
@@ -72,7 +80,7 @@ FAULTS: dict[str, tuple[Program | None, dict[str, Any], str, str]] = {
     "norm eps": (runs.norm_eps, PP, "forward", "model.language_model.layers.1.input_layernorm"),
     "rope base": (runs.rope_base, TP, "weights", "model.language_model.rotary_emb.inv_freq"),
     "angles": (runs.wrong_angles, TP, "forward", "model.language_model.rotary_emb"),
-    "one rank's input of o_proj": (runs.scaled_input_of_one_rank, TP, "forward", f"{ATTENTION}.o_proj"),
+    "one rank's input of o_proj": (runs.scaled_input_of_one_rank, SP, "forward", f"{ATTENTION}.o_proj"),
     "norms left alone": (
         runs.norms_left_alone,
         SP,
@@ -86,9 +94,65 @@ FAULTS: dict[str, tuple[Program | None, dict[str, Any], str, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
+IN_DEFAULT = ["norm eps", "scaled loss", "one rank's input of o_proj", "another weight"]
+
+
+@pytest.mark.parametrize("name", params(FAULTS, IN_DEFAULT))
 def test_a_mistake_is_named(name: str, vlm: Job, fsdp2: Record, ranks2: RankPool, tmp_path: Path) -> None:
     program, flags, phase, site = FAULTS[name]
     first = compare(fsdp2, on_megatron(ranks2, vlm, tmp_path / "record", program, **flags)).first
     assert first is not None and (first.phase, first.step) == (phase, 0), first
     assert first.site == site or (phase == "optimizer" and first.site.startswith(site)), first
+
+
+@SLOW
+@pytest.mark.parametrize("loss", ["mean of means", "per sample"])
+def test_other_losses(loss: str, vlm: Job, ranks2: RankPool, tmp_path: Path) -> None:
+    vlm.flags["calculate-per-token-loss"] = None
+    vlm.model["loss_cfg"] = {"loss_type": "default" if loss == "mean of means" else "per_sample_loss"}
+    expected = record(ranks2, vlm, tmp_path / "fsdp2", micro_batch_size=4)
+    for name, flags in {"pp": {**PP, "micro_batch_size": 4}, "cp": {**CP, "micro_batch_size": 4}}.items():
+        if loss == "mean of means":  # other parts of the batch
+            expected = record(ranks2, vlm, tmp_path / f"fsdp2 of {name}", micro_batch_size=2)
+        check(on_megatron(ranks2, vlm, tmp_path / name, **flags), expected)
+
+
+FOUR: dict[str, dict[str, Any]] = {
+    "tensor x pipeline": {**TP, **PP},
+    "tensor x pipeline, sequence, recomputed": {
+        **SP,
+        **PP,
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+    "interleaved x data": {**PP, "num_layers_per_virtual_pipeline_stage": 1, **SHARDED},
+    "context x tensor, sequence": {**CP, **SP},
+}
+
+
+@pytest.fixture(scope="module")
+def ranks4() -> Iterator[RankPool]:
+    pool = RankPool(4)
+    yield pool
+    pool.stop()
+
+
+@SLOW
+@pytest.mark.ranks
+@pytest.mark.parametrize("tied", [False, True])
+def test_four_ranks(tied: bool, ranks1: RankPool, ranks4: RankPool, tmp_path: Path) -> None:
+    job = make_job(tmp_path, save_model(tmp_path / "hf", num_hidden_layers=4, tie_word_embeddings=tied))
+    expected = record(ranks1, job, tmp_path / "fsdp2", micro_batch_size=8)
+    for number, flags in enumerate(FOUR.values()):
+        check(on_megatron(ranks4, job, tmp_path / str(number), **flags), expected)
+
+
+@SLOW
+@pytest.mark.ranks
+def test_experts(ranks2: RankPool, ranks4: RankPool, tmp_path: Path) -> None:
+    job = make_job(tmp_path, save_model(tmp_path / "hf", "qwen3_vl_moe"), "qwen3_vl_moe")
+    expected = record(ranks2, job, tmp_path / "fsdp2")
+    check(on_megatron(ranks2, job, tmp_path / "ep", **EP), expected)
+    check(on_megatron(ranks4, job, tmp_path / "ep x tp", **EP, **SP), expected)
+    check(on_megatron(ranks4, job, tmp_path / "ep x pp", **EP, **PP, **SHARDED), expected)

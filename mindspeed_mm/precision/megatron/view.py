@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -119,9 +119,15 @@ def _held(
         for chunk, layout in zip(chunks, layouts, strict=True)
         for name, parameter in chunk.named_parameters()
     }
+    taken: set[str] = set()
     for main in mains.all:
         copy = not mains.sharded and not _is_first_replica(main.parameter)
-        yield Held(main.value, partial(_parts_of_main, main, layout_of[id(main.parameter)], copy))
+        layout = layout_of[id(main.parameter)]
+        names = {piece.hf_name: piece.replica for piece, _ in main_boxes(main, layout, main.value.detach())}
+        # Each expert has a number of steps of its own, and all of them are one tensor.
+        scalars = {name: replica for name, replica in names.items() if name not in taken}
+        taken |= scalars.keys()
+        yield Held(main.value, partial(_parts_of_main, main, layout, scalars, copy))
     for chunk in chunks:
         for parameter in chunk.parameters():
             if not parameter.requires_grad:
@@ -139,11 +145,10 @@ def _is_first_replica(parameter: nn.Parameter) -> bool:
 
 
 def _parts_of_main(
-    main: MainParameter, layout: Sequence[Piece], copy: bool, tensor: Tensor
+    main: MainParameter, layout: Sequence[Piece], scalars: Mapping[str, bool], copy: bool, tensor: Tensor
 ) -> Iterable[tuple[str, Placed]]:
     if tensor.shape != main.value.shape:  # the number of steps
-        names = {piece.hf_name: piece.replica for piece, _ in main_boxes(main, layout, main.value.detach())}
-        return [(name, Placed(tensor, (), None, copy or replica, True)) for name, replica in names.items()]
+        return [(name, Placed(tensor, (), None, copy or replica, True)) for name, replica in scalars.items()]
     return [
         (piece.hf_name, _box(piece, box.offsets, box.tensor, copy)) for piece, box in main_boxes(main, layout, tensor)
     ]
