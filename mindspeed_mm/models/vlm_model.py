@@ -39,6 +39,7 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
         config: the ``TransformerConfig`` of the text decoder.
         blueprint: the Hugging Face model that it computes the same as.
         weights_source: the Hugging Face folder whose weights are to be read into it; None for random ones.
+        split: which positions of the newest micro-batch this rank computes.
     """
 
     def __init__(

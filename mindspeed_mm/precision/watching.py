@@ -126,13 +126,17 @@ class Watch(ABC):
         """Return whether the calls of a module are kept."""
         return False
 
+    def _is_first(self, site: Any) -> bool:
+        """Return whether a module's output is taken as it is, before other hooks make something else of it."""
+        return True
+
     def install(self) -> None:
         """Attach to every module."""
         for site in self._sites():
             self._handles += [
                 # After FSDP and tensor parallelism have prepared the inputs, before they take the outputs.
                 site.module.register_forward_pre_hook(partial(self._before, site), with_kwargs=True),
-                site.module.register_forward_hook(partial(self._after, site), prepend=True),
+                site.module.register_forward_hook(partial(self._after, site), prepend=self._is_first(site)),
             ]
 
     def remove(self) -> None:

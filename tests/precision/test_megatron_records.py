@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from mindspeed_mm.precision.compare import compare
 from mindspeed_mm.precision.invariants import invariants
 from mindspeed_mm.precision.record import Record
+from mindspeed_mm.precision.sketch import distance
 from tests.precision import megatron_runs as runs
 from tests.precision.megatron_runs import CP, EP, PP, SHARDED, SP, TP, Program, make_job, on_megatron, save_model
 from tests.precision.runs import distances, record, worst
@@ -55,6 +57,17 @@ def check(found: Record, expected: Record, limit: float = 1e-5) -> None:
     assert {"index"} & {sketch.rows for sketch in mine.entries.values()} == set()
 
 
+def check_settings(found: Record, expected: Record) -> None:
+    """Check that what is in force has the same names and values, other stages' included."""
+    mine, theirs = found.manifest["effective"], expected.manifest["effective"]
+    for table in ("norm_eps", "rope_base", "frozen", "parameters", "learning_rates", "loss", "clip_grad"):
+        assert mine[table] == theirs[table], table
+    assert mine["settings"].items() >= theirs["settings"].items()
+    for one, other in zip(mine["groups"], theirs["groups"], strict=True):
+        assert sorted(one["parameters"]) == sorted(other["parameters"])
+        assert {**one, "parameters": 0} == {**other, "parameters": 0}
+
+
 SLOW = pytest.mark.slow
 LAYOUTS: dict[str, dict[str, Any]] = {
     "data parallel, optimizer distributed": SHARDED,
@@ -73,7 +86,9 @@ def params(table: dict[str, Any], default: Sequence[str]) -> list[Any]:
 
 @pytest.mark.parametrize("layout", params(LAYOUTS, ["tensor, sequence", "pipeline", "context"]))
 def test_two_ranks(layout: str, vlm: Job, fsdp2: Record, ranks2: RankPool, tmp_path: Path) -> None:
-    check(on_megatron(ranks2, vlm, tmp_path / "record", **LAYOUTS[layout]), fsdp2)
+    found = on_megatron(ranks2, vlm, tmp_path / "record", **LAYOUTS[layout])
+    check(found, fsdp2)
+    check_settings(found, fsdp2)
 
 
 FAULTS: dict[str, tuple[Program | None, dict[str, Any], str, str]] = {
@@ -156,3 +171,37 @@ def test_experts(ranks2: RankPool, ranks4: RankPool, tmp_path: Path) -> None:
     check(on_megatron(ranks2, job, tmp_path / "ep", **EP), expected)
     check(on_megatron(ranks4, job, tmp_path / "ep x tp", **EP, **SP), expected)
     check(on_megatron(ranks4, job, tmp_path / "ep x pp", **EP, **PP, **SHARDED), expected)
+
+
+@SLOW
+def test_adapters(vlm: Job, ranks2: RankPool, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    vlm.flags |= {"lora-r": 4, "lora-alpha": 8, "lora-target-modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+    expected = record(ranks2, vlm, tmp_path / "fsdp2", lora_apply_modules=["text_decoder"])
+    fused = ["linear_qkv", "linear_proj"]
+    for name, flags in {"sp": SP, "pp": PP}.items():
+        check(on_megatron(ranks2, vlm, tmp_path / name, **flags, lora_target_modules=fused), expected)
+
+
+@SLOW
+def test_what_is_done_at_every_step(vlm: Job, ranks2: RankPool, tmp_path: Path) -> None:
+    """Local norms, weights that stay and the steps before an anomaly are the other road's."""
+    asked = {"log_local_norm": True, "precision_mode": "lr0", "precision_on_anomaly": "dump=2"}
+    asked |= {"no_save_optim": True, "precision_capture": "steps=0-1,level=parameter"}
+    expected = record(ranks2, vlm, tmp_path / "fsdp2", save=tmp_path / "save of fsdp2", **asked)
+    for name, flags in {"tp": SP, "pp": {**PP, **SHARDED}}.items():
+        found = on_megatron(ranks2, vlm, tmp_path / name, save=tmp_path / f"save of {name}", **asked, **flags)
+        rows = [local_norms(tmp_path / f"save of {one}") for one in (name, "fsdp2")]
+        assert rows[0].keys() == rows[1].keys() and rows[0] == pytest.approx(rows[1], rel=1e-4, abs=1e-8)
+        sums, theirs = (Record.open(tmp_path / one / "lr0").step(1) for one in (name, "fsdp2"))
+        assert sums.scalars == pytest.approx(theirs.scalars, rel=1e-6)
+        assert sums.entries.keys() == theirs.entries.keys()
+        assert max(distance(sums.entries[key], theirs.entries[key]).relative for key in sums.entries) < 1e-5
+        for key, sketch in found.step(0).of_phase("weights").items():
+            assert (found.step(1).entries[key].vector == sketch.vector).all(), key
+        check(found, expected)
+
+
+def local_norms(folder: Path) -> dict[str, float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return rows[0]["local_norm"]  # type: ignore[no-any-return]

@@ -146,6 +146,9 @@ class ChunkHooks(Watch):
             if site.path:
                 yield replace(site, name=encoder.hf_name(site.path), vision=True)
 
+    def _is_first(self, site: Any) -> bool:
+        return not hasattr(site.module, "adapter")  # it adds to the output
+
     def _inputs(
         self, site: Site | ChunkSite, batch: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Iterable[Seen]:

@@ -56,7 +56,7 @@ class MegatronView:
         self._held = list(_held(self._chunks, self._layouts, mains))
         names = gather_names(self._chunks, self._layouts, self._blueprint and self._blueprint.model)
         self._group_names, self._names = names.of_groups(group_names), names.trained
-        self._numbers = {name: number for number, name in enumerate(self._names)}
+        self._owners: Tensor | None = None  # of the boxes of gradients
 
     @property
     def held(self) -> list[Held]:
@@ -95,18 +95,20 @@ class MegatronView:
 
     def gradient_norms(self) -> Tensor:
         """Return the L2 norm of each one's gradient, of fp32 sums. A collective of all ranks."""
+        found = [
+            (name, placed.local)
+            for held in self._held
+            if held.value.grad is not None
+            for name, placed in held.parts(held.value.grad)
+            if not placed.copy
+        ]
         squares = torch.zeros(len(self._names), device=accelerator.device())
-        numbers, boxes = [], []
-        for held in self._held:
-            if held.value.grad is None:
-                continue
-            for name, placed in held.parts(held.value.grad):
-                if not placed.copy:
-                    numbers.append(self._numbers[name])
-                    boxes.append(placed.local)
-        if boxes:
-            norms = torch.stack(torch._foreach_norm(boxes, 2, dtype=torch.float32))
-            squares.index_add_(0, torch.tensor(numbers, device=squares.device), norms.square())
+        if found:
+            if self._owners is None:  # once: the host waits for the device
+                place = {name: number for number, name in enumerate(self._names)}
+                self._owners = torch.tensor([place[name] for name, _ in found], device=squares.device)
+            norms = torch.stack(torch._foreach_norm([box for _, box in found], 2, dtype=torch.float32))
+            squares.index_add_(0, self._owners, norms.square())
         dist.all_reduce(squares)
         return squares.sqrt()
 
