@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,16 +141,9 @@ FOUR: dict[str, dict[str, Any]] = {
         "recompute_method": "uniform",
         "recompute_num_layers": 1,
     },
-    "interleaved x data": {**PP, "num_layers_per_virtual_pipeline_stage": 1, **SHARDED},
+    "interleaved x data": {**PP, "virtual_pipeline_model_parallel_size": 2, **SHARDED},
     "context x tensor, sequence": {**CP, **SP},
 }
-
-
-@pytest.fixture(scope="module")
-def ranks4() -> Iterator[RankPool]:
-    pool = RankPool(4)
-    yield pool
-    pool.stop()
 
 
 @SLOW
