@@ -78,6 +78,7 @@ class MegatronEngine:
         self.gathers_late = bool(chunks[0].ddp_config.overlap_param_gather)
         self._schedule = get_forward_backward_func()
         self._context = parallel.sizes().context
+        self._replicas = dist.get_world_size(parallel.replica_group())
         self._connect()
 
     def seed(self, seed: int) -> None:
@@ -101,13 +102,16 @@ class MegatronEngine:
         def step(iterator: Iterator[Any] | None, model: nn.Module) -> tuple[Any, Callable[[Any], Any]]:
             output, loss_func = read_forward(forward_step(iterator, model))
 
-            def loss(value: Any) -> tuple[Tensor, Report]:
+            def read(value: Any) -> tuple[Tensor, Report]:
                 result = read_loss(loss_func(value), per_token_loss=self.divides_globally)
                 if forward_only:
                     return result.loss.detach().clone(), result.report
-                return self._to_optimise(result, num_microbatches, counts), result.report
+                loss = self._to_optimise(result, num_microbatches, counts)
+                for listener in self.listeners:  # with what the schedule does to it
+                    listener.loss(loss.detach() * (self._context / num_microbatches), result.num_tokens)
+                return loss, result.report
 
-            return output, loss
+            return output, read
 
         routers = [one for chunk in chunks if (one := getattr(unwrap(chunk), "router_losses", None)) is not None]
         for losses in routers:  # their gradient passes by the schedule's factors, see `_to_optimise`
@@ -124,8 +128,10 @@ class MegatronEngine:
             )
         if not forward_only:
             self.mains.take_gradients()
-            if self.divides_globally:
-                self._divide_by_all(counts)
+            # DDP has divided by the ranks, or nothing has been divided yet.
+            factor = self._divide_by_all(counts) if self.divides_globally else 1.0 / self._replicas
+            for listener in self.listeners:
+                listener.gradients_reduced(factor)
         reports = share_reports(reports)
         return add_router_losses(reports, routers) if routers else reports
 
@@ -135,7 +141,11 @@ class MegatronEngine:
             norm = self.mains.gradient_norm()
             if self.clip_grad > 0:
                 clip_by_norm(self.mains.values, norm, self.clip_grad)
+            for listener in self.listeners:
+                listener.gradients_clipped(norm)
             step_if_finite(self.optimizer, norm)
+            for listener in self.listeners:
+                listener.updated()
             self.mains.publish(wait=not self.gathers_late)
             self.optimizer.zero_grad(set_to_none=True)
         return StepResult(norm)
@@ -197,13 +207,16 @@ class MegatronEngine:
             dist.all_reduce(tokens, group=parallel_state.get_context_parallel_group())
         return loss / at_least_one(tokens)
 
-    def _divide_by_all(self, counts: list[Tensor]) -> None:
+    def _divide_by_all(self, counts: list[Tensor]) -> Tensor:
+        """Return what the gradients were multiplied with."""
         total = torch.zeros((), dtype=torch.float32, device=accelerator.device())
         if counts:
             total += torch.stack(counts).sum()
         dist.all_reduce(total, group=parallel.replica_group())
         parallel.broadcast_from_last_stage(total)
-        scale_gradients(self.mains.values, 1 / at_least_one(total))
+        factor = 1 / at_least_one(total)
+        scale_gradients(self.mains.values, factor)
+        return factor
 
 
 def _for_each(count: int, iterator: Iterator[Any] | None) -> Any:

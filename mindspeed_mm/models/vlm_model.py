@@ -42,6 +42,7 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
         blueprint: the Hugging Face model that it computes the same as.
         router_losses: :class:`~mindspeed_mm.models.megatron.balance.RouterLosses` if model.json asks for them.
         weights_source: the Hugging Face folder whose weights are to be read into it; None for random ones.
+        split: which positions of the newest micro-batch this rank computes.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
         self._check(layers)
         self._positions = Positions(self.blueprint)
         self._padding_is_known = False
+        self.split: SequenceSplit | None = None
         self._loss = config.loss_cfg
         self._freezes = config
         self.freeze()
@@ -240,7 +242,7 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
         features = None
         if self.pre_process and decoder_input is None:
             decoder_input, features = self._embed(input_ids, {**media, "position_ids": position_ids}, vision_metadata)
-        split = self._split(input_ids.shape[1], cu_seqlens)
+        split = self.split = self._split(input_ids.shape[1], cu_seqlens)
         hidden = self.text_decoder(
             None if decoder_input is None else split.take(decoder_input, 1).transpose(0, 1).contiguous(),
             split.take(position_ids, -1),

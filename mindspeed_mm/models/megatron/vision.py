@@ -126,10 +126,15 @@ class ImageEncoder(nn.Module):
         """What is known of the model's family."""
         return self._family
 
+    @property
+    def shares_images(self) -> bool:
+        """Whether tensor-parallel ranks share the images of a micro-batch."""
+        return self._shares
+
     def hf_name(self, name: str) -> str:
-        """Return what a parameter of this module is called in the Hugging Face model."""
+        """Return what a parameter or module in this one is called in the Hugging Face model."""
         child, _, rest = name.partition(".")
-        return f"{self._paths[child]}.{rest}"
+        return f"{self._paths[child]}.{rest}" if rest else self._paths[child]
 
     def forward(
         self, embed: Callable[[Tensor], Tensor], input_ids: Tensor, media: Mapping[str, Any], metadata: Any = None
