@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from mindspeed_mm.distributed.state import RankInfo, host_group, print_line
+from mindspeed_mm.training.prompt_signals import noticed_at_once
 
 
 class ExitWatch:
@@ -21,7 +22,8 @@ class ExitWatch:
     A signal may reach one rank only, and clocks differ, so after every step the ranks take the maximum of what
     they know. That is a message between hosts: the device, which runs behind them, does not wait for it.
 
-    Before :meth:`begin` there is nothing to save: SIGTERM ends this rank at once with exit code 0.
+    Before :meth:`begin` there is nothing to save: SIGTERM ends this rank at once with exit code 0, though it may be
+    in a call that connects it with ranks that are gone.
 
     Args:
         duration_minutes: stop after this time, None for no limit.
@@ -58,9 +60,12 @@ class ExitWatch:
     def __enter__(self) -> ExitWatch:
         for number in (*self._STOP, self._SAVE):
             self._previous_handlers[number] = signal.signal(number, self._receive)
+        self._noticed = noticed_at_once(self._notice)
+        self._noticed.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._noticed.__exit__(None, None, None)
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
@@ -74,6 +79,10 @@ class ExitWatch:
             raise KeyboardInterrupt  # a second Ctrl-C: do not wait for the end of the step
         self._received = number
         if not self._training:
+            _leave(number)
+
+    def _notice(self, number: int) -> None:
+        if number == signal.SIGTERM and not self._training:
             _leave(number)
 
     def reason(self, iteration: int) -> str | None:

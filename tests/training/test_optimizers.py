@@ -135,9 +135,9 @@ def test_two_runs_are_equal_bit_for_bit(job: Job, hf_folder: Path, ranks2: RankP
     job.model |= {"init_from_hf_path": str(folder), "random_init": True}
     job.data["dataloader_param"]["shuffle"] = True
     job.data["dataset_param"]["basic_parameters"]["val_rate"] = 0.25
-    job.flags |= {"use-deter-comp": True, "num-workers": 1, "eval-iters": 1, "eval-interval": 2}
-    for name, seed, steps in (("one", 5, 4), ("two", 5, 4), ("other", 6, 1)):
-        job.flags |= {"save": tmp_path / name, "seed": seed, "train-iters": steps}
+    job.flags |= {"use-deter-comp": True, "eval-iters": 1, "eval-interval": 2}
+    for name, seed, steps, workers in (("one", 5, 4, 1), ("two", 5, 4, 1), ("other", 6, 1, 0)):
+        job.flags |= {"save": tmp_path / name, "seed": seed, "train-iters": steps, "num-workers": workers}
         text = ranks2.run(repeat, job.command(), job.folder, timeout=240)[0]
         assert "--use-deter-comp: matrix products depend on the number of threads" in text
     one, two = (tensors(tmp_path / name / "iter_0000004") for name in ("one", "two"))
