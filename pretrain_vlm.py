@@ -62,15 +62,18 @@ def loss_func(output: dict[str, Any]) -> tuple[Any, ...]:
 
     ``output["loss_dict"]`` holds ``loss`` (a scalar) and ``loss_mask`` (True at target tokens, shape
     ``(batch, sequence)``). With ``--calculate-per-token-loss`` the loss is a sum, and ``token_nums`` says over how many
-    tokens.
+    tokens; with ``--calculate-per-sample-loss`` it is a mean, and ``sample_nums`` says over how many samples.
     """
     args = get_args()
     losses = output["loss_dict"]
-    loss, tokens = losses["loss"], losses.get("token_nums")
-    report = {"loss": loss.detach() if tokens is None else (loss.detach(), tokens)}
+    loss, count = losses["loss"], losses.get("token_nums")
+    if "sample_nums" in losses:
+        count = losses["sample_nums"]
+        loss = loss * count
+    report = {"loss": loss.detach() if count is None else (loss.detach(), count)}
     if args.log_tps:
         report["tokens per sample"] = losses["loss_mask"].sum() / args.micro_batch_size
-    return (loss, report) if tokens is None else (loss, tokens, report)
+    return (loss, report) if count is None else (loss, count, report)
 
 
 def forward_step(data_iterator: Any, model: Any) -> tuple[Any, Any]:

@@ -158,6 +158,13 @@ def chunk_is_last(index: int | None) -> bool:
     return is_last_stage() and (index is None or index == (sizes().virtual or 1) - 1)
 
 
+def place_in_pipeline(number: int) -> int:
+    """Return how many chunks of the pipeline come before the ``number``-th one of this stage."""
+    from megatron.core import parallel_state
+
+    return number * sizes().pipeline + int(parallel_state.get_pipeline_model_parallel_rank())
+
+
 def chunk_indices() -> list[int | None]:
     """Return the index of every chunk of this stage, as megatron-core wants to have it: None where there is one."""
     return [None] if sizes().virtual is None else list(range(sizes().virtual or 1))

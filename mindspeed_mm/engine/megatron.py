@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 from mindspeed_mm import accelerator
 from mindspeed_mm.distributed import parallel
 from mindspeed_mm.distributed.grad_norm import clip_by_norm, scale_gradients
-from mindspeed_mm.distributed.main_parameters import MainParameters
+from mindspeed_mm.distributed.main_parameters import MainParameters, unwrap
 from mindspeed_mm.distributed.phases import phase
 from mindspeed_mm.distributed.pipeline_messages import keep_messages_apart
 from mindspeed_mm.engine.base import ForwardStep, Listener, Report, StepResult
 from mindspeed_mm.engine.loss_result import LossResult, at_least_one, one_if_finite, read_forward, read_loss
-from mindspeed_mm.engine.pipeline_reports import share_reports
+from mindspeed_mm.engine.pipeline_reports import add_router_losses, share_reports
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.optimizer.skipping import step_if_finite
 
@@ -42,8 +42,9 @@ class MegatronEngine:
         clip_grad: largest gradient norm; 0 leaves the gradients alone.
         sequence_length: of the hidden states, where they all have one length.
         micro_batch_size: samples of a micro-batch.
-        per_token_loss: divide by the target tokens of the global batch. The chunks must have been built with
-            ``calculate_per_token_loss`` in their configuration.
+        per_token_loss: divide by the target tokens of the global batch.
+        per_sample_loss: divide by the samples of the global batch. Under either of them, the chunks must have been
+            built with ``calculate_per_token_loss`` in their configuration: megatron-core then only adds gradients up.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class MegatronEngine:
         sequence_length: int,
         micro_batch_size: int,
         per_token_loss: bool = False,
+        per_sample_loss: bool = False,
     ) -> None:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -72,9 +74,11 @@ class MegatronEngine:
         self.sequence_length = sequence_length
         self.micro_batch_size = micro_batch_size
         self.per_token_loss = per_token_loss
+        self.divides_globally = per_token_loss or per_sample_loss
         self.gathers_late = bool(chunks[0].ddp_config.overlap_param_gather)
         self._schedule = get_forward_backward_func()
         self._context = parallel.sizes().context
+        self._replicas = dist.get_world_size(parallel.replica_group())
         self._connect()
 
     def seed(self, seed: int) -> None:
@@ -90,7 +94,7 @@ class MegatronEngine:
     ) -> list[Report]:
         """Run the micro-batches through the pipeline, then reduce the gradient. All stages return the reports."""
         chunks: list[Any] = list(self.module)
-        token_counts: list[Tensor] = []
+        counts: list[Tensor] = []
         if not forward_only:
             for chunk in chunks:
                 chunk.zero_grad_buffer()
@@ -98,16 +102,20 @@ class MegatronEngine:
         def step(iterator: Iterator[Any] | None, model: nn.Module) -> tuple[Any, Callable[[Any], Any]]:
             output, loss_func = read_forward(forward_step(iterator, model))
 
-            def loss(value: Any) -> tuple[Tensor, Report]:
-                result = read_loss(loss_func(value), per_token_loss=self.per_token_loss)
+            def read(value: Any) -> tuple[Tensor, Report]:
+                result = read_loss(loss_func(value), per_token_loss=self.divides_globally)
                 if forward_only:
                     return result.loss.detach().clone(), result.report
-                if result.num_tokens is not None:
-                    token_counts.append(result.num_tokens)
-                return self._to_optimise(result, num_microbatches), result.report
+                loss = self._to_optimise(result, num_microbatches, counts)
+                for listener in self.listeners:  # with what the schedule does to it
+                    listener.loss(loss.detach() * (self._context / num_microbatches), result.num_tokens)
+                return loss, result.report
 
-            return output, loss
+            return output, read
 
+        routers = [one for chunk in chunks if (one := getattr(unwrap(chunk), "router_losses", None)) is not None]
+        for losses in routers:  # their gradient passes by the schedule's factors, see `_to_optimise`
+            losses.start(1.0 if self.divides_globally else self._context / num_microbatches)
         with phase("forward and backward"):
             reports = self._schedule(
                 forward_step_func=step,
@@ -120,9 +128,12 @@ class MegatronEngine:
             )
         if not forward_only:
             self.mains.take_gradients()
-            if self.per_token_loss:
-                self._divide_by_tokens(token_counts)
-        return share_reports(reports)
+            # DDP has divided by the ranks, or nothing has been divided yet.
+            factor = self._divide_by_all(counts) if self.divides_globally else 1.0 / self._replicas
+            for listener in self.listeners:
+                listener.gradients_reduced(factor)
+        reports = share_reports(reports)
+        return add_router_losses(reports, routers) if routers else reports
 
     def optimizer_step(self) -> StepResult:
         """Clip, update the weights unless the gradient is not finite, and clear the gradients."""
@@ -130,7 +141,11 @@ class MegatronEngine:
             norm = self.mains.gradient_norm()
             if self.clip_grad > 0:
                 clip_by_norm(self.mains.values, norm, self.clip_grad)
+            for listener in self.listeners:
+                listener.gradients_clipped(norm)
             step_if_finite(self.optimizer, norm)
+            for listener in self.listeners:
+                listener.updated()
             self.mains.publish(wait=not self.gathers_late)
             self.optimizer.zero_grad(set_to_none=True)
         return StepResult(norm)
@@ -149,6 +164,12 @@ class MegatronEngine:
             config = chunk.config
             config.finalize_model_grads_func = finalize
             config.grad_scale_func = None
+            if config.calculate_per_token_loss != self.divides_globally:
+                raise UserError(
+                    f"model_provider: calculate_per_token_loss of the TransformerConfig is "
+                    f"{config.calculate_per_token_loss}; it has to be {self.divides_globally} here, which is whether "
+                    f"--calculate-per-token-loss or --calculate-per-sample-loss is set."
+                )
             if chunk.ddp_config.overlap_grad_reduce:
                 no_sync = [one.no_sync for one in chunks]
                 config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
@@ -156,11 +177,11 @@ class MegatronEngine:
                 # Sends that are still running read the memory that this would free.
                 config.deallocate_pipeline_outputs = False
 
-    def _to_optimise(self, result: LossResult, num_microbatches: int) -> Tensor:
+    def _to_optimise(self, result: LossResult, num_microbatches: int, counts: list[Tensor]) -> Tensor:
         """Scale a micro-batch's loss so that the reduced gradient is that of the class's formula.
 
         The schedule multiplies by the context-parallel size and divides by the number of micro-batches. DDP divides
-        by data-parallel times context-parallel ranks, except under the loss per token.
+        by data-parallel times context-parallel ranks, except where the gradient is divided by what `counts` collects.
         """
         loss, tokens = result.loss, result.num_tokens
         if not loss.requires_grad:
@@ -169,12 +190,13 @@ class MegatronEngine:
                 "Return the model's output as it is, not detached, and not computed under torch.no_grad()."
             )
         loss = loss * one_if_finite(loss)
-        if self.per_token_loss:
-            if tokens is None:
+        if self.divides_globally:
+            if tokens is None and self.per_token_loss:
                 raise UserError(
                     "--calculate-per-token-loss: loss_func returned a mean. It must return "
                     "'(loss_sum, num_tokens, report)', which is divided by the tokens of the global batch."
                 )
+            counts.append(torch.ones_like(loss.detach()) if tokens is None else tokens)  # then the mean of means
             return loss * (num_microbatches / self._context)
         if tokens is None:
             return loss / self._context
@@ -185,13 +207,16 @@ class MegatronEngine:
             dist.all_reduce(tokens, group=parallel_state.get_context_parallel_group())
         return loss / at_least_one(tokens)
 
-    def _divide_by_tokens(self, counts: list[Tensor]) -> None:
+    def _divide_by_all(self, counts: list[Tensor]) -> Tensor:
+        """Return what the gradients were multiplied with."""
         total = torch.zeros((), dtype=torch.float32, device=accelerator.device())
         if counts:
             total += torch.stack(counts).sum()
         dist.all_reduce(total, group=parallel.replica_group())
         parallel.broadcast_from_last_stage(total)
-        scale_gradients(self.mains.values, 1 / at_least_one(total))
+        factor = 1 / at_least_one(total)
+        scale_gradients(self.mains.values, factor)
+        return factor
 
 
 def _for_each(count: int, iterator: Iterator[Any] | None) -> Any:

@@ -1,4 +1,4 @@
-"""What the last pipeline stage reports, told to the stages before it: logging and saving ask every rank."""
+"""What all pipeline stages report of a step: what the last one says, and what the experts' routers of each add."""
 
 from __future__ import annotations
 
@@ -39,6 +39,32 @@ def share_reports(reports: Sequence[Report]) -> list[Report]:
     dist.broadcast(values, src=source, group=group)
     numbers = iter(values.unbind())
     return [{key: (next(numbers), next(numbers)) if pair else next(numbers) for key, pair in keys} for keys in form[0]]
+
+
+def add_router_losses(reports: Sequence[Report], routers: Sequence[Any]) -> list[Report]:
+    """Return the reports with the routers' loss of each micro-batch: as ``aux_loss``, and as part of ``loss``.
+
+    Both are averaged alike: a ``loss`` that is a pair gives its denominator to the other.
+
+    Args:
+        reports: of the micro-batches, the same on all stages.
+        routers: ``RouterLosses`` of this stage's chunks.
+    """
+    values = torch.stack([torch.stack(one.take()) for one in routers]).sum(0)
+    if parallel.sizes().pipeline > 1:
+        from megatron.core import parallel_state
+
+        dist.all_reduce(values, group=parallel_state.get_pipeline_model_parallel_group())
+    coefficient = routers[0].coefficient
+    found = []
+    for report, value in zip(reports, values, strict=True):
+        loss, aux = report.get("loss"), {"aux_loss": value}
+        if isinstance(loss, (tuple, list)):
+            aux = {"loss": (loss[0] + coefficient * value * loss[1], loss[1]), "aux_loss": (value * loss[1], loss[1])}
+        elif loss is not None:
+            aux["loss"] = loss + coefficient * value
+        found.append({**report, **aux})
+    return found
 
 
 def _parts(report: Report) -> list[Any]:

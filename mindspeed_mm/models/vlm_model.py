@@ -18,12 +18,14 @@ from mindspeed_mm.losses.chunked import LARGE_LOGITS
 from mindspeed_mm.models.common.lookup import lookup
 from mindspeed_mm.models.common.module import MultiModalModule
 from mindspeed_mm.models.megatron import deepstack
+from mindspeed_mm.models.megatron.balance import router_losses
 from mindspeed_mm.models.megatron.blueprint import read_blueprint
-from mindspeed_mm.models.megatron.config import transformer_config
+from mindspeed_mm.models.megatron.config import chosen_fields, transformer_config
 from mindspeed_mm.models.megatron.layout import hf_shapes
 from mindspeed_mm.models.megatron.positions import Positions
 from mindspeed_mm.models.megatron.stages import layers_of_chunks
 from mindspeed_mm.models.megatron.vision import ImageEncoder
+from mindspeed_mm.models.megatron.vocabulary import DIVISOR
 from mindspeed_mm.models.transformers.attention import attention_implementation
 from mindspeed_mm.models.transformers.base_model import FSDP2Mixin
 
@@ -38,7 +40,9 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
         text_decoder: :class:`~mindspeed_mm.models.megatron.decoder.TextDecoder`, a megatron-core ``GPTModel``.
         config: the ``TransformerConfig`` of the text decoder.
         blueprint: the Hugging Face model that it computes the same as.
+        router_losses: :class:`~mindspeed_mm.models.megatron.balance.RouterLosses` if model.json asks for them.
         weights_source: the Hugging Face folder whose weights are to be read into it; None for random ones.
+        split: which positions of the newest micro-batch this rank computes.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
             config.text_decoder and config.text_decoder.use_te is False
         )
         super().__init__(transformer_config(config, self.blueprint, transformer_engine=engine))
+        self.router_losses = router_losses(config, chosen_fields(config), self.config)
         self.model_type = ModelType.encoder_or_decoder  # read by megatron-core's schedules
         self.vp_stage = parallel_state.get_virtual_pipeline_model_parallel_rank() if vp_stage is None else vp_stage
 
@@ -91,17 +96,27 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
         if self.pre_process and self.blueprint.backbone_path:
             self.image_encoder = ImageEncoder(
                 self.blueprint,
-                self.config.params_dtype,
+                self.config,
                 attention_implementation(config, self.blueprint.config),
                 parallel_state.get_tensor_model_parallel_group() if config.enable_encoder_dp else None,
             )
         self.text_decoder = TextDecoder(
-            self.config, self.blueprint, layers, self.pre_process, self.post_process, self.vp_stage, engine
+            self.config,
+            self.blueprint,
+            layers,
+            self.pre_process,
+            self.post_process,
+            self.vp_stage,
+            engine,
+            config.megatron.get(DIVISOR, 1),
         )
+        if self.router_losses is not None:
+            self.router_losses.watch(self.text_decoder.decoder.layers)
         deepstack.add_features(self.text_decoder.decoder.layers[: self.blueprint.deepstack] if self.pre_process else [])
         self._check(layers)
         self._positions = Positions(self.blueprint)
         self._padding_is_known = False
+        self.split: SequenceSplit | None = None
         self._loss = config.loss_cfg
         self._freezes = config
         self.freeze()
@@ -209,10 +224,11 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
 
         Returns:
             The hidden states (S, B, H) unless this is the last chunk. There, ``loss_dict`` and ``logits`` (B, S, V),
-            this rank's part of the vocabulary and of the positions (see
+            this rank's words of the vocabulary and of the positions (see
             :class:`~mindspeed_mm.distributed.sequence_split.SequenceSplit`), None where they are computed in chunks.
             ``loss_dict`` holds ``loss``, a scalar reduced as ``loss_cfg.loss_type`` says; ``loss_mask``, (B, S) bool;
-            and for ``per_token_loss``, where ``loss`` is a sum, ``token_nums``, int64 scalar. Under context
+            and for ``per_token_loss``, where ``loss`` is a sum, ``token_nums``, int64 scalar; for ``per_sample_loss``,
+            where it is a mean, ``sample_nums``, int64 scalar, the samples it is the mean of. Under context
             parallelism the mean of the ranks' ``loss`` is that of the whole sequences, or where it is a sum their sum,
             and ``loss_mask`` is of all positions. Without labels, ``loss`` None and ``logits``.
         """
@@ -226,12 +242,14 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
         features = None
         if self.pre_process and decoder_input is None:
             decoder_input, features = self._embed(input_ids, {**media, "position_ids": position_ids}, vision_metadata)
-        split = self._split(input_ids.shape[1], cu_seqlens)
+        split = self.split = self._split(input_ids.shape[1], cu_seqlens)
         hidden = self.text_decoder(
             None if decoder_input is None else split.take(decoder_input, 1).transpose(0, 1).contiguous(),
             split.take(position_ids, -1),
             attention_mask=self._packed(split),
-            packed_seq_params=packed_seq_params,
+            packed_seq_params=self._with_routers(
+                packed_seq_params, split, _real_tokens(input_ids, attention_mask), labels
+            ),
             features=None if features is None else split.take(features, 1),
         )
         if not self.post_process:
@@ -269,6 +287,27 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
             split.extend(int(longest))
         return split
 
+    def _with_routers(
+        self, packed_seq_params: Any, split: SequenceSplit, counted: Tensor, labels: Tensor | None
+    ) -> Any:
+        """Let the routers know which tokens count and for how much, where they have a loss."""
+        if self.router_losses is None:
+            return packed_seq_params
+        weight: Tensor | int = 1
+        if self._loss.loss_type == "per_sample_loss":
+            samples = len(counted) if split.local_cu_seqlens is None else len(split.local_cu_seqlens) - 1
+            weight = samples * self.config.context_parallel_size  # each of these ranks counts all of them
+        elif self._loss.loss_type == "per_token_loss":
+            if labels is None:
+                raise UserError(
+                    "the router loss needs 'labels' of every stage's batch under --calculate-per-token-loss"
+                )
+            weight = (shift_labels(labels) != IGNORE).sum()
+        here = split.take(counted, 1, False).t()
+        if self.config.sequence_parallel:
+            here = here.chunk(self.config.tensor_model_parallel_size)[self.text_decoder.vocabulary.rank]
+        return self.router_losses.begin(weight, here, counted.sum(), packed_seq_params)
+
     def _packed(self, split: SequenceSplit) -> Tensor | None:
         """Return where packed samples begin, for our attention to keep them apart; None if nothing is packed.
 
@@ -299,13 +338,13 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
         mask = targets != IGNORE
         counts = sum_by_sample(mask, cu_seqlens)
         targets = split.take(targets, 1, IGNORE)
-        mode, words = self._loss.compute_mode, self.text_decoder.vocab_size // self.config.tensor_model_parallel_size
-        if mode == "chunk" or (mode == "auto" and logits_bytes(targets.numel(), words) > LARGE_LOGITS):
+        mode, share = self._loss.compute_mode, self.text_decoder.vocabulary
+        if mode == "chunk" or (mode == "auto" and logits_bytes(targets.numel(), share.rows) > LARGE_LOGITS):
             logits = None
             losses = losses_in_chunks(self.text_decoder, hidden, targets.t(), self._loss.chunk_size)
         else:
             logits = self.text_decoder.logits(hidden)
-            losses = losses_of_logits(logits, targets.t())
+            losses = losses_of_logits(logits, targets.t(), share.first)
         bounds = split.local_cu_seqlens
         sums = sum_by_sample(losses.t(), None if bounds is None else bounds.to(losses.device))
         result = {"loss": REDUCTIONS[self._loss.loss_type](sums, counts), "loss_mask": mask}
@@ -313,12 +352,21 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
             result["token_nums"] = (targets != IGNORE).sum()
         else:
             result["loss"] = result["loss"] * self.config.context_parallel_size
+        if self._loss.loss_type == "per_sample_loss":
+            result["sample_nums"] = counts.new_full((), len(counts))
         return {"loss_dict": result, "logits": None if logits is None else self._by_sample(logits, labels)}
 
     def _by_sample(self, logits: Tensor, whole: Tensor) -> Tensor:
         """Put the batch first, and leave out the positions that were added, where these are the last ones."""
         logits = logits.transpose(0, 1)
         return logits if self.config.context_parallel_size > 1 else logits[:, : whole.shape[1]]
+
+
+def _real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Return (B, S) bool, False for padding."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    return attention_mask.bool()
 
 
 def _first(*values: bool | None) -> bool:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mindspeed_mm.accelerator import HostRead
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.precision.pool import StepPool
 from mindspeed_mm.precision.record import Key, RankStep, RecordWriter, SampleFingerprint
-from mindspeed_mm.precision.sites import innermost, parameter_names
+from mindspeed_mm.precision.view import ModelView
 
 _HISTORY = 64
 _ENOUGH = 8  # norms before a leap can be told
@@ -81,15 +81,14 @@ class AnomalyRing:
     The host learns of a step's gradient norm when the next one is over, so nothing waits for the device.
 
     Args:
-        model: plain or sharded.
+        view: of the model.
         writer: of this rank, for a folder of its own.
         plan: what to keep.
     """
 
-    def __init__(self, model: nn.Module, writer: RecordWriter, plan: AnomalyPlan) -> None:
-        root = innermost(model)
-        names = parameter_names(root)
-        self._parameters = {names[name]: value for name, value in root.named_parameters() if value.requires_grad}
+    def __init__(self, view: ModelView, writer: RecordWriter, plan: AnomalyPlan) -> None:
+        self._view = view
+        self._trained = [held for held in view.held if held.value.requires_grad]
         self._writer = writer
         self._plan = plan
         self._ring: deque[_Kept] = deque(maxlen=plan.dump)
@@ -111,9 +110,10 @@ class AnomalyRing:
     def gradients_reduced(self, factor: Tensor | float = 1.0) -> None:
         """Keep sketches of the gradients."""
         self._ring[-1].factor = factor
-        for name, parameter in self._parameters.items():
-            if parameter.grad is not None:
-                self._ring[-1].pool.add_whole(Key("grad_reduced", name, "gradient"), parameter.grad)
+        for held in self._trained:
+            if held.value.grad is not None:
+                for name, placed in held.parts(held.value.grad):
+                    self._ring[-1].pool.add_whole(Key("grad_reduced", name, "gradient"), placed)
 
     def gradients_clipped(self, grad_norm: Tensor) -> None:
         """Let the norm go on its way to the host."""
@@ -153,14 +153,15 @@ class AnomalyRing:
             self._write_script(folder, kept[0].step, kept[-1].step)
         folder.mkdir(parents=True, exist_ok=True)
         for item in kept:
-            names = item.names()
+            names = item.names() if self._view.speaks else []
             data = RankStep(
                 entries=item.pool.read(),
                 scalars={"learning_rate": (item.learning_rate, "same")},
                 samples=[SampleFingerprint("", {}, name=name) for name in names],
             )
             if item.losses:
-                data.scalars["loss"] = (float(torch.stack(item.losses).sum() * item.factor), "sum")
+                how = "sum" if self._view.speaks_for_loss else "copy"
+                data.scalars["loss"] = (float(torch.stack(item.losses).sum() * item.factor), how)
             if item.grad_norm is not None:
                 data.scalars["grad_norm"] = (item.grad_norm.read()[0], "same")
             writer.write(item.step, data)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -70,6 +70,13 @@ class Samples:
     places: np.ndarray | None
     media: tuple[Media, ...]
     fingerprints: list[SampleFingerprint]
+
+    def at(self, positions: np.ndarray) -> Samples:
+        """Return what is left when every row of tokens has these positions only; -1 stands for padding."""
+        assert self.owners is not None and self.places is not None and self.shape is not None
+        owners = np.where(positions >= 0, self.owners[:, positions], -1)
+        shape = (self.shape[0], len(positions))
+        return replace(self, owners=owners, places=self.places[:, positions], shape=shape, media=())
 
 
 def read_batch(batch: Any, config: Any = None) -> Samples | None:

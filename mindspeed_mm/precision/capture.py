@@ -8,18 +8,17 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from mindspeed_mm.precision.batch import DERIVED, Samples, read_batch
 from mindspeed_mm.precision.effective import group_settings
-from mindspeed_mm.precision.hooks import ModuleHooks
-from mindspeed_mm.precision.placement import place
+from mindspeed_mm.precision.placement import Part, Placed, place
 from mindspeed_mm.precision.plan import CapturePlan
 from mindspeed_mm.precision.pool import StepPool
 from mindspeed_mm.precision.record import Key, RankStep, RecordWriter, SampleFingerprint
 from mindspeed_mm.precision.rows import BatchRows
-from mindspeed_mm.precision.sites import class_name, innermost, parameter_names, sites
+from mindspeed_mm.precision.view import Held, Hooks, ModelView
 
 
 class Capture:
@@ -28,31 +27,27 @@ class Capture:
     Its methods are called at the moments their names say. All ranks call them alike.
 
     Args:
-        model: plain, wrapped or sharded.
-        optimizer: over its parameters.
+        view: of the model.
+        optimizer: over what it holds.
         writer: of this rank.
         plan: what to record.
         device: of the activations.
-        speaks: no other rank has the same samples, or this one counts for them.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        view: ModelView,
         optimizer: Optimizer,
         writer: RecordWriter,
         plan: CapturePlan,
         *,
         device: torch.device,
-        speaks: bool = True,
     ) -> None:
-        self.root = innermost(model)
+        self.view = view
         self.optimizer = optimizer
         self.writer = writer
         self.plan = plan
         self.device = device
-        self.speaks = speaks
-        self._config = getattr(self.root, "config", None)
         self._step: _Step | None = None
 
     @property
@@ -65,15 +60,14 @@ class Capture:
         self.give_up()
         if step not in self.plan.steps:
             return
-        self._step = taken = _Step(step, StepPool(self.speaks))
-        taken.parameters = _parameters(self.root)
-        for name, value in taken.parameters.items():
-            taken.pool.add_whole(Key("weights", name, "parameter"), value)
-            self._keep(Key("weights", name, "parameter"), value)
-        for name, value in _buffers(self.root).items():
+        self._step = taken = _Step(step, StepPool(self.view.speaks))
+        taken.held = self.view.held
+        for held in taken.held:
+            self._add("weights", "parameter", held, held.value)
+        for name, value in self.view.buffers().items():
             taken.pool.add_whole(Key("weights", name, "buffer"), value)
         if self.plan.modules:
-            taken.hooks = ModuleHooks(self.root, taken.pool, self.plan.tensors)
+            taken.hooks = self.view.hooks(taken.pool, self.plan.tensors)
             taken.hooks.install()
 
     def give_up(self) -> None:
@@ -100,17 +94,17 @@ class Capture:
         taken = self._step
         if taken is None:
             return 0
-        samples = read_batch(batch, self._config)
+        samples = read_batch(batch, self.view.config)
         count = len(samples.keys) if samples is not None else 0
         if first_position is not None:
             positions = range(first_position, first_position + count)
-        if samples is not None and self.speaks:
+        if samples is not None and self.view.speaks:
             taken.samples += _named(samples, positions, names)
         host = BatchRows(samples, torch.device("cpu"))
         _add_fields(taken.pool, batch, host)
         labels = batch.get("labels") if hasattr(batch, "get") else None
         if isinstance(labels, Tensor):  # what a replay of the loss needs beside the logits
-            self._keep(Key("data", "batch", f"labels@{taken.batches}.{self.writer.rank}"), labels)
+            self._keep(Key("data", "batch", f"labels@{taken.batches}.{self.writer.rank}"), place(labels))
         taken.batches += 1
         if taken.hooks:
             taken.hooks.begin_micro_batch(BatchRows(samples, self.device))
@@ -138,26 +132,24 @@ class Capture:
         if grad_norm is not None:
             taken.scalars["grad_norm"] = grad_norm
         self._add_gradients("grad_clipped")
-        taken.before = {name: place(value).local.detach().clone() for name, value in taken.parameters.items()}
+        taken.before = [place(held.value).local.detach().clone() for held in taken.held]
         taken.groups = self._groups()
-        for name, value, what in self._state():
-            self._keep(Key("optimizer", name, f"{what}.before"), value)
+        for held, what, value in self._state():
+            for name, placed in held.parts(value):
+                self._keep(Key("optimizer", name, f"{what}.before"), placed)
 
     def updated(self) -> None:
         """Take what the optimizer made."""
         taken = self._step
         if taken is None:
             return
-        for name, value in taken.parameters.items():
-            if not value.requires_grad:
-                continue
-            update = _like(value, place(value).local.detach() - taken.before[name])
-            taken.pool.add_whole(Key("optimizer", name, "update"), update)
-            self._keep(Key("optimizer", name, "update"), update)
-        taken.before = {}
-        for name, value, what in self._state():
-            taken.pool.add_whole(Key("optimizer", name, what), value)
-            self._keep(Key("optimizer", name, what), value)
+        for held, before in zip(taken.held, taken.before, strict=True):
+            if held.value.requires_grad:
+                update = _like(held.value, place(held.value).local.detach() - before)
+                self._add("optimizer", "update", held, update)
+        taken.before = []
+        for held, what, value in self._state():
+            self._add("optimizer", what, held, value)
 
     def step_ends(self, **scalars: Any) -> None:
         """Detach, wait for the device and write the step down; ``scalars`` are the same on all ranks."""
@@ -168,15 +160,15 @@ class Capture:
         factor = float(taken.factor)
         if taken.hooks:
             taken.hooks.remove()
-            data.notes, data.calls = taken.hooks.notes, taken.hooks.kept
+            data.notes, data.calls, data.stages = taken.hooks.notes, taken.hooks.kept, taken.hooks.stages
             for calls in data.calls.values():
                 for call in calls:
                     gradients = {what: value * factor for what, value in call.tensors.items() if "grad_" in what}
                     call.tensors.update(gradients)
                     object.__setattr__(call, "rank", self.writer.rank)
         data.entries = taken.pool.read(factor)
-        data.tree = {site.name: class_name(site.module) for site in sites(self.root)}
-        how = "sum" if self.speaks else "copy"
+        data.tree = self.view.tree()
+        how = "sum" if self.view.speaks_for_loss else "copy"
         if taken.losses:
             data.scalars["loss"] = (float(torch.stack(taken.losses).sum()) * factor, how)
         if taken.tokens:
@@ -188,38 +180,36 @@ class Capture:
     def _add_gradients(self, phase: str) -> None:
         taken = self._step
         assert taken is not None
-        for name, parameter in taken.parameters.items():
-            if parameter.grad is not None:
-                taken.pool.add_whole(Key(phase, name, "gradient"), parameter.grad)
-                self._keep(Key(phase, name, "gradient"), parameter.grad)
+        for held in taken.held:
+            if held.value.grad is not None:
+                self._add(phase, "gradient", held, held.value.grad)
 
-    def _state(self) -> list[tuple[str, Tensor, str]]:
+    def _add(self, phase: str, what: str, held: Held, value: Tensor) -> None:
         assert self._step is not None
-        found = []
-        for name, parameter in self._step.parameters.items():
-            for what, value in self.optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    found.append((name, value, what))
-        return found
+        for name, placed in held.parts(value):
+            self._step.pool.add_whole(Key(phase, name, what), placed)
+            self._keep(Key(phase, name, what), placed)
 
-    def _groups(self) -> list[dict[str, Any]]:
+    def _state(self) -> list[tuple[Held, str, Tensor]]:
         assert self._step is not None
-        names = {id(parameter): name for name, parameter in self._step.parameters.items()}
         return [
-            {
-                "class": type(self.optimizer).__name__,
-                "names": [names.get(id(parameter), "") for parameter in group["params"]],
-                **group_settings(group),
-            }
-            for group in self.optimizer.param_groups
+            (held, what, value)
+            for held in self._step.held
+            for what, value in self.optimizer.state.get(held.value, {}).items()
+            if isinstance(value, Tensor)
         ]
 
-    def _keep(self, key: Key, value: Tensor) -> None:
+    def _groups(self) -> list[dict[str, Any]]:
+        names = self.view.group_names(self.optimizer)
+        return [
+            {"class": type(self.optimizer).__name__, "names": own, **group_settings(group)}
+            for own, group in zip(names, self.optimizer.param_groups, strict=True)
+        ]
+
+    def _keep(self, key: Key, placed: Placed) -> None:
         assert self._step is not None
-        if any(fnmatchcase(key.site, pattern) for pattern in self.plan.tensors):
-            placed = place(value)
-            if not placed.copy:
-                self._step.tensors[key] = (placed.local.detach().clone(), placed.part, placed.shape)
+        if not placed.copy and any(fnmatchcase(key.site, pattern) for pattern in self.plan.tensors):
+            self._step.tensors.append((key, placed.local.detach().clone(), placed.part, placed.shape))
 
 
 class _Step:
@@ -229,26 +219,16 @@ class _Step:
         self.step = step
         self.pool = pool
         self.batches = 0
-        self.hooks: ModuleHooks | None = None
-        self.parameters: dict[str, nn.Parameter] = {}
-        self.before: dict[str, Tensor] = {}
+        self.hooks: Hooks | None = None
+        self.held: list[Held] = []
+        self.before: list[Tensor] = []
         self.samples: list[SampleFingerprint] = []
         self.losses: list[Tensor] = []
         self.tokens: list[Tensor] = []
         self.groups: list[dict[str, Any]] = []
         self.scalars: dict[str, Any] = {}
         self.factor: Tensor | float = 1.0
-        self.tensors: dict[Key, Any] = {}
-
-
-def _parameters(root: nn.Module) -> dict[str, nn.Parameter]:
-    names = parameter_names(root)
-    return {names[name]: parameter for name, parameter in root.named_parameters()}
-
-
-def _buffers(root: nn.Module) -> dict[str, Tensor]:
-    names = parameter_names(root)
-    return {names[name]: value for name, value in root.named_buffers() if value.is_floating_point()}
+        self.tensors: list[tuple[Key, Tensor, Part | None, tuple[int, ...]]] = []
 
 
 def _add_fields(pool: StepPool, batch: Any, rows: BatchRows) -> None:

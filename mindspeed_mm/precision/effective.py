@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,34 +37,52 @@ def effective_values(model: nn.Module, optimizer: Optimizer | None = None) -> di
     parameters = [(clean_name(name), parameter) for name, parameter in model.named_parameters()]
     found: dict[str, Any] = {
         "class": type(model).__name__,
-        "norm_eps": {path: eps for path, module in modules.items() if (eps := _eps(module)) is not None},
-        "dropout": {path: p for path, module in modules.items() if (p := _dropout(module)) is not None},
-        "rope_base": {path: base for path, module in modules.items() if (base := _rope_base(module)) is not None},
-        "activation": {path: type(m).__name__ for path, m in modules.items() if path.endswith(("act_fn", ".act"))},
+        **of_modules(list(modules.items())),
         "dtypes": dict(Counter(str(parameter.dtype).removeprefix("torch.") for _, parameter in parameters)),
         "parameters": sum(parameter.numel() for _, parameter in parameters),
         "frozen": [name for name, parameter in parameters if not parameter.requires_grad],
         "mixed_precision": _mixed_precision(model),
         "mesh": _mesh(model),
-        "numerics": _numerics(),
-        "environment": dict(_environment()),
     }
     config: Any = next((module.config for module in modules.values() if hasattr(module, "config")), None)
     if hasattr(config, "to_dict"):
         found["config"] = config.to_dict()
         found["attention"] = getattr(config, "_attn_implementation", None)
+    names = {id(parameter): name for name, parameter in parameters}
+    groups = [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups] if optimizer else []
+    return complete(found, optimizer, groups)
+
+
+def of_modules(modules: Sequence[tuple[str, nn.Module]]) -> dict[str, dict[str, Any]]:
+    """Return what modules are set to: tables by module, for each setting."""
+    return {
+        "norm_eps": {path: eps for path, module in modules if (eps := _eps(module)) is not None},
+        "dropout": {path: p for path, module in modules if (p := _dropout(module)) is not None},
+        "rope_base": {path: base for path, module in modules if (base := _rope_base(module)) is not None},
+        "activation": {path: type(m).__name__ for path, m in modules if path.endswith(("act_fn", ".act"))},
+    }
+
+
+def complete(found: dict[str, Any], optimizer: Optimizer | None, groups: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Add what does not depend on how the model is laid out.
+
+    Args:
+        found: tables by module, and what is known of the parameters.
+        optimizer: None without.
+        groups: names of the parameters in each of its groups.
+    """
+    found |= {"numerics": _numerics(), "environment": dict(_environment())}
     if optimizer is not None:
-        names = {id(parameter): name for name, parameter in parameters}
         found["optimizer"] = type(optimizer).__name__
         found["groups"] = [
-            group_settings(group) | {"parameters": [names.get(id(p), "") for p in group["params"]]}
-            for group in optimizer.param_groups
+            group_settings(group) | {"parameters": list(names)}
+            for group, names in zip(optimizer.param_groups, groups, strict=True)
         ]
-    found["settings"] = dict(_settings(found, config))
+    found["settings"] = dict(_settings(found))
     return found
 
 
-def _settings(found: dict[str, Any], config: Any) -> Iterator[tuple[str, Any]]:
+def _settings(found: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield what holds for the whole model, under the names by which settings of other systems are known."""
     for name, table in (("norm_eps", "norm_eps"), ("rope_base", "rope_base")):
         text = [value for path, value in found[table].items() if not _is_vision(path)]
@@ -100,8 +118,8 @@ def _eps(module: nn.Module) -> float | None:
 def _dropout(module: nn.Module) -> float | None:
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return module.p or None
-    value = getattr(module, "attention_dropout", None)
-    return value if isinstance(value, float) and value else None
+    values = (getattr(module, name, None) for name in ("attention_dropout", "dropout"))
+    return next((value for value in values if isinstance(value, float) and value), None)
 
 
 def _rope_base(module: nn.Module) -> float | None:

@@ -96,8 +96,11 @@ class RankStep:
         groups: of the optimizer: ``class``, ``names`` and the settings of each.
         tree: class of each module by path, in the order of ``named_modules``.
         notes: what a reader of the record should know.
-        tensors: kept parts by key, with their ``(offset, size)`` in each dimension, None for all, and the full shape.
+        tensors: kept parts, with their ``(offset, size)`` in each dimension, None for all, and the full shape; of one
+            key there may be several.
         calls: kept calls by site.
+        stages: of what modules made, the number of their part of a pipeline, in the order of the forward pass; what is
+            not named here is of the first.
     """
 
     entries: dict[Key, Sketch] = field(default_factory=dict)
@@ -106,5 +109,6 @@ class RankStep:
     groups: list[dict[str, Any]] = field(default_factory=list)
     tree: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    tensors: dict[Key, tuple[Tensor, tuple[tuple[int, int], ...] | None, tuple[int, ...]]] = field(default_factory=dict)
+    tensors: list[tuple[Key, Tensor, tuple[tuple[int, int], ...] | None, tuple[int, ...]]] = field(default_factory=list)
     calls: dict[str, list[Call]] = field(default_factory=dict)
+    stages: dict[Key, int] = field(default_factory=dict)

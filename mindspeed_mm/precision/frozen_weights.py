@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mindspeed_mm.precision.digest import SIZE, digest, unnoticed
-from mindspeed_mm.precision.placement import Placed, place
+from mindspeed_mm.precision.placement import Part, Placed, place
 from mindspeed_mm.precision.record import Key, RankStep, RecordWriter
-from mindspeed_mm.precision.sites import innermost, parameter_names
 from mindspeed_mm.precision.sketch import Sketch
+from mindspeed_mm.precision.view import ModelView
 
 
 class FrozenWeights:
@@ -22,19 +22,17 @@ class FrozenWeights:
     compute, not in how they round.
 
     Args:
-        model: plain or sharded.
+        view: of the model.
         writer: of this rank.
     """
 
-    def __init__(self, model: nn.Module, writer: RecordWriter) -> None:
-        root = innermost(model)
-        names = parameter_names(root)
-        trained = {names[name]: value for name, value in root.named_parameters() if value.requires_grad}
-        self._parameters: dict[str, nn.Parameter] = trained
+    def __init__(self, view: ModelView, writer: RecordWriter) -> None:
+        self._view = view
+        self._trained = [held for held in view.held if held.value.requires_grad]
         self._writer = writer
         self._before: list[Tensor] = []
-        self._sums: dict[str, Tensor] = {}
-        self._placed: dict[str, tuple[Placed, str]] = {}
+        self._sums: dict[tuple[str, Part | None], Tensor] = {}
+        self._placed: dict[tuple[str, Part | None], tuple[Placed, str]] = {}
         self._losses: list[Tensor] = []
         self._factor: Tensor | float = 1.0
         self._loss_sum: Tensor | float = 0.0
@@ -46,15 +44,17 @@ class FrozenWeights:
 
     def gradients_reduced(self, factor: Tensor | float = 1.0) -> None:
         """Add this step's gradients and loss to the sums."""
-        for name, parameter in self._parameters.items():
-            if parameter.grad is not None:
-                with unnoticed(parameter.grad.device):
-                    placed = place(parameter.grad)
+        for held in self._trained:
+            if held.value.grad is None:
+                continue
+            for name, placed in held.parts(held.value.grad):
+                where = (name, placed.part)
+                with unnoticed(placed.local.device):
                     one = digest(placed.local, None, placed.offset)
-                    self._sums[name] = self._sums[name] + one if name in self._sums else one
+                    self._sums[where] = self._sums[where] + one if where in self._sums else one
                 # What stays is where it lies, not the gradient.
                 about = Placed(placed.local.new_empty(0), placed.shape, placed.part, placed.copy)
-                self._placed[name] = (about, str(parameter.grad.dtype).removeprefix("torch."))
+                self._placed[where] = (about, str(placed.local.dtype).removeprefix("torch."))
         if self._losses:
             self._loss_sum = self._loss_sum + torch.stack(self._losses).sum() * factor
         self._losses = []
@@ -62,20 +62,23 @@ class FrozenWeights:
 
     def gradients_clipped(self, grad_norm: Any = None) -> None:
         """Keep the weights."""
-        self._before = [place(parameter).local.detach().clone() for parameter in self._parameters.values()]
+        self._before = [place(held.value).local.detach().clone() for held in self._trained]
 
     @torch.no_grad()
     def updated(self) -> None:
         """Put the weights back."""
-        for parameter, before in zip(self._parameters.values(), self._before, strict=True):
-            place(parameter).local.copy_(before)
+        for held, before in zip(self._trained, self._before, strict=True):
+            place(held.value).local.copy_(before)
         self._before = []
 
     def write(self, step: int) -> None:
         """Write the sums of all steps so far under ``step``, the number of the last one. Waits for the device."""
-        data = RankStep(scalars={"lr0_steps": (float(self._steps), "same"), "lr0_loss": (float(self._loss_sum), "sum")})
-        for name, values in self._sums.items():
-            data.entries[Key("grad_reduced", name, "gradient_sum")] = _sketch(values, *self._placed[name])
+        how = "sum" if self._view.speaks_for_loss else "copy"
+        data = RankStep(scalars={"lr0_steps": (float(self._steps), "same"), "lr0_loss": (float(self._loss_sum), how)})
+        for where, values in self._sums.items():
+            key = Key("grad_reduced", where[0], "gradient_sum")
+            found = _sketch(values, *self._placed[where])
+            data.entries[key] = data.entries[key] + found if key in data.entries else found
         self._writer.write(step, data)
 
 

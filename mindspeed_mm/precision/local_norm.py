@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from mindspeed_mm.distributed.grad_norm import parameter_norms
-from mindspeed_mm.precision.sites import innermost, parameter_names
+from mindspeed_mm.precision.view import ModelView
 
 
 class LocalNorms:
@@ -18,17 +17,14 @@ class LocalNorms:
         norms: of the newest step, (N,) on the device.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        root = innermost(model)
-        names = parameter_names(root)
-        trained = [(names[name], parameter) for name, parameter in root.named_parameters() if parameter.requires_grad]
-        self.names = [name for name, _ in trained]
-        self._parameters = [parameter for _, parameter in trained]
+    def __init__(self, view: ModelView) -> None:
+        self.names = view.gradient_names()
+        self._view = view
         self.norms: Tensor | None = None
 
     def gradients_reduced(self, factor: Tensor | float = 1.0) -> None:
         """Compute the norms. A collective."""
-        self.norms = parameter_norms(self._parameters)
+        self.norms = self._view.gradient_norms()
 
     def loss(self, *_: Any) -> None:
         """Nothing to do."""

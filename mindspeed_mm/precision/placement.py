@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -20,7 +21,7 @@ class Placed:
         shape: of the full tensor.
         part: ``(offset, size)`` in each dimension; None for all of it.
         copy: another rank of the tensor's mesh holds the same and speaks for it.
-        on_mesh: it is a DTensor, which tells who holds what of it.
+        on_mesh: it is known who else holds what of it, as it is of a DTensor.
         partial: others hold values that are to be added to these, element by element.
         first: of those; the elements count here.
     """
@@ -37,6 +38,11 @@ class Placed:
     def offset(self) -> list[int] | None:
         """Where the part begins."""
         return None if self.part is None else [start for start, _ in self.part]
+
+
+def box_of(offsets: Sequence[int], sizes: Sequence[int]) -> Part:
+    """Return where a box lies, given where it begins and its size in each dimension."""
+    return tuple((int(at), int(size)) for at, size in zip(offsets, sizes, strict=True))
 
 
 def place(tensor: Tensor) -> Placed:
@@ -62,5 +68,5 @@ def place(tensor: Tensor) -> Placed:
     part = None
     if any(placement.is_shard() for placement in tensor.placements):
         shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-        part = tuple((int(start), int(size)) for start, size in zip(offset, shape, strict=True))
+        part = box_of(offset, shape)
     return Placed(local, tuple(tensor.shape), part, copy, True, partial, first)

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from mindspeed_mm.precision.digest import digest, unnoticed
@@ -42,31 +41,30 @@ class StepPool:
         self._made: dict[Key, list[_Made]] = defaultdict(list)
         self._seen: dict[tuple[Any, ...], tuple[StorageWeakRef, _Made, Any]] = {}
 
-    def add(self, key: Key, value: Tensor, batch: BatchRows | None = None, rows: Rows | None = None) -> None:
+    def add(self, key: Key, value: Tensor | Placed, batch: BatchRows | None = None, rows: Rows | None = None) -> None:
         """Add an activation or a gradient of one, of one micro-batch.
 
         Args:
             key: what it is.
-            value: plain or DTensor.
+            value: plain or DTensor, or what this rank has of a tensor.
             batch: of the micro-batch.
             rows: from ``batch``, for the shape of the full tensor; None where only an index tells rows apart.
         """
-        with unnoticed(value.device):
-            placed = place(value)
-            made = self._of_activation(placed, value.dtype, batch, rows)
+        with unnoticed(_local(value).device):
+            placed = value if isinstance(value, Placed) else place(value)
+            made = self._of_activation(placed, batch, rows)
         about: dict[str, Any] = {"copy": self._is_copy(placed), "summed": True, "estimated": placed.partial}
         if not placed.first:
             about |= {"count": 0, "shape": (0, *made.about["shape"][1:])}
         self._append(key, made, **about)
 
-    def add_whole(self, key: Key, value: Tensor, *, summed: bool = False) -> None:
+    def add_whole(self, key: Key, value: Tensor | Placed, *, summed: bool = False) -> None:
         """Add a parameter, or what belongs to one; ``summed``: what ranks hold adds up."""
-        with unnoticed(value.device):
-            placed = place(value)
-            make = lambda: _of_parameter(placed, value)  # noqa: E731
+        with unnoticed(_local(value).device):
+            placed = value if isinstance(value, Placed) else place(value)
+            make = lambda: _of_parameter(placed)  # noqa: E731
             # Adding to a DTensor in place leaves the version of its local tensor as it was.
-            is_fresh = isinstance(value, DTensor)
-            made = make() if is_fresh else self._remember(placed.local, (tuple(placed.offset or ()),), None, make)
+            made = make() if placed.on_mesh else self._remember(placed.local, (tuple(placed.offset or ()),), None, make)
         is_copy = self._is_copy(placed) if summed else placed.copy
         self._append(key, made, copy=is_copy, summed=summed or placed.partial, estimated=placed.partial)
 
@@ -105,11 +103,11 @@ class StepPool:
     def _append(self, key: Key, made: _Made, **about: Any) -> None:
         self._made[key].append(_Made(made.values, {**made.about, **about}))
 
-    def _of_activation(self, placed: Placed, dtype: torch.dtype, batch: BatchRows | None, rows: Rows | None) -> _Made:
+    def _of_activation(self, placed: Placed, batch: BatchRows | None, rows: Rows | None) -> _Made:
         if batch is None or rows is None:
-            return self._remember(placed.local, ("index",), None, lambda: _of_index(placed, dtype))
+            return self._remember(placed.local, ("index",), None, lambda: _of_index(placed))
         about = (id(rows.table), rows.axes, rows.spread, placed.part)
-        return self._remember(placed.local, about, rows, lambda: _of_rows(placed, dtype, batch, rows))
+        return self._remember(placed.local, about, rows, lambda: _of_rows(placed, batch, rows))
 
     def _remember(self, value: Tensor, about: tuple[Any, ...], keep: Any, make: Any) -> _Made:
         """Make a digest, unless it is of what was digested before: an output is mostly the next module's input."""
@@ -122,17 +120,21 @@ class StepPool:
         return made
 
 
-def _of_parameter(placed: Placed, value: Tensor) -> _Made:
-    about = {"dtype": _name(value.dtype), "shape": placed.shape, "rows": "", "part": placed.part}
+def _local(value: Tensor | Placed) -> Tensor:
+    return value.local if isinstance(value, Placed) else value
+
+
+def _of_parameter(placed: Placed) -> _Made:
+    about = {"dtype": _name(placed.local.dtype), "shape": placed.shape, "rows": "", "part": placed.part}
     return _Made(digest(placed.local, None, placed.offset), {**about, "count": placed.local.numel()})
 
 
-def _of_index(placed: Placed, dtype: torch.dtype) -> _Made:
-    about = {"dtype": _name(dtype), "shape": placed.shape, "rows": "index", "part": placed.part}
+def _of_index(placed: Placed) -> _Made:
+    about = {"dtype": _name(placed.local.dtype), "shape": placed.shape, "rows": "index", "part": placed.part}
     return _Made(digest(placed.local, None, placed.offset), {**about, "count": placed.local.numel()})
 
 
-def _of_rows(placed: Placed, dtype: torch.dtype, batch: BatchRows, rows: Rows) -> _Made:
+def _of_rows(placed: Placed, batch: BatchRows, rows: Rows) -> _Made:
     """Return the digest of what this rank holds of an activation."""
     value, table, axes = placed.local, rows.table, rows.axes
     if rows.spread is not None:
@@ -154,7 +156,7 @@ def _of_rows(placed: Placed, dtype: torch.dtype, batch: BatchRows, rows: Rows) -
     if chosen is not None:
         flat = flat.index_select(0, chosen)
     shape = (len(table.chosen) if first else 0, *(placed.shape[axis] for axis in others))
-    about = {"dtype": _name(dtype), "shape": shape, "rows": rows.kind, "part": placed.part, "count": flat.numel()}
+    about = {"dtype": _name(value.dtype), "shape": shape, "rows": rows.kind, "part": placed.part, "count": flat.numel()}
     return _Made(digest(flat, signs, [0, *offset]), about)
 
 
@@ -172,9 +174,12 @@ def _sketch(numbers: np.ndarray, about: dict[str, Any]) -> Sketch:
 
 
 def _joined(sketches: list[Sketch]) -> Sketch:
-    """Return the sketch of all micro-batches."""
-    joined = sketches[0]
-    for sketch in sketches[1:]:
+    """Return the sketch of all micro-batches, and of all boxes that a rank holds."""
+    by_part: dict[Any, Sketch] = {}
+    for sketch in sketches:
+        by_part[sketch.part] = by_part[sketch.part] + sketch if sketch.part in by_part else sketch
+    joined, *others = by_part.values()
+    for sketch in others:
         joined = joined + sketch
     return joined
 

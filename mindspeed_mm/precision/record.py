@@ -63,7 +63,7 @@ class RecordWriter:
         folder = self.folder / f"step_{step:07d}"
         folder.mkdir(parents=True, exist_ok=True)
         if data.tensors or data.calls:
-            tensors = [(asdict(key), value.detach().cpu(), *about) for key, (value, *about) in data.tensors.items()]
+            tensors = [(asdict(key), value.detach().cpu(), *about) for key, value, *about in data.tensors]
             calls = {site: [vars(call) for call in calls] for site, calls in data.calls.items()}
             _write(folder / f"rank_{self.rank:05d}.pt", lambda file: torch.save([tensors, calls], file))
         arrays = _to_arrays(data)
@@ -150,7 +150,7 @@ class StepRecord:
     @cached_property
     def entries(self) -> dict[Key, Sketch]:
         """All sketches, merged over ranks and micro-batches, in the order of first execution."""
-        order = _merged_order([list(part.entries) for part in self._parts])
+        order = _by_stage(_merged_order([list(part.entries) for part in self._parts]), self._parts)
         found = {key: [part.entries[key] for part in self._parts if key in part.entries] for key in order}
         return {key: _merge(sketches) for key, sketches in found.items()}
 
@@ -263,6 +263,18 @@ def _merged_order(orders: Iterable[list[Key]]) -> list[Key]:
     return merged
 
 
+def _by_stage(order: list[Key], parts: Iterable[RankStep]) -> list[Key]:
+    """Return keys in the order in which a pipeline runs: through its stages, and back."""
+    stages: dict[Key, int] = {}
+    for part in parts:
+        for key, stage in part.stages.items():
+            stages.setdefault(key, stage)
+    if not any(stages.values()):
+        return order
+    back = {"backward": -1}
+    return sorted(order, key=lambda key: (PHASES.index(key.phase), back.get(key.phase, 1) * stages.get(key, 0)))
+
+
 def _step_of(path: Path) -> int | None:
     number = path.name.removeprefix("step_")
     return int(number) if number.isdigit() else None
@@ -292,6 +304,7 @@ def _to_arrays(data: RankStep) -> dict[str, np.ndarray]:
         "groups": data.groups,
         "tree": data.tree,
         "notes": data.notes,
+        "stages": [data.stages.get(key, 0) for key in data.entries],
     }
     sketches = list(data.entries.values())
     vectors = np.array([s.vector for s in sketches], dtype=np.float32)
@@ -316,4 +329,5 @@ def _from_arrays(path: Path) -> RankStep:
         groups=index["groups"],
         tree=index["tree"],
         notes=index["notes"],
+        stages=dict(zip(entries, index.get("stages", ()), strict=False)),
     )

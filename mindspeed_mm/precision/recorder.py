@@ -22,6 +22,7 @@ from mindspeed_mm.precision.effective import effective_values
 from mindspeed_mm.precision.plan import CapturePlan
 from mindspeed_mm.precision.record import RecordWriter
 from mindspeed_mm.precision.sites import innermost
+from mindspeed_mm.precision.view import PlainView
 
 _PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "numpy", "mindspeed-mm")
 
@@ -87,7 +88,7 @@ class Recorder:
         if self._world > 1:
             dist.barrier()
         device = next(root.parameters()).device
-        self._capture = Capture(model, optimizer, writer, self._plan, device=device)
+        self._capture = Capture(PlainView(model), optimizer, writer, self._plan, device=device)
         self._optimizer = optimizer
         self._parameters = [parameter for parameter in root.parameters() if parameter.requires_grad]
         self._norm: Tensor | None = None

@@ -90,6 +90,17 @@ class BatchRows:
             return self._patches(shape)
         return self._tokens(shape) or self._samples(shape) or self._patches(shape)
 
+    def of_positions(self, shape: Sequence[int]) -> Rows | None:
+        """Return what the rows of a tensor are whose first dimensions are positions and samples, (S, B, ...)."""
+        if self.samples is None or self.samples.shape is None or tuple(shape[1::-1]) != self.samples.shape:
+            return None
+        return Rows("token", (1, 0), self._token_table())
+
+    def at(self, positions: np.ndarray) -> BatchRows:
+        """Return the rows of a rank that has these positions of every row of tokens only; -1 stands for padding."""
+        samples = self.samples if self.samples is None or self.samples.shape is None else self.samples.at(positions)
+        return BatchRows(samples, self._device)
+
     @property
     def knows_tokens(self) -> bool:
         """Whether the samples are made of tokens."""

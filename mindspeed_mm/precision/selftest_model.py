@@ -17,6 +17,7 @@ from mindspeed_mm.precision.capture import Capture
 from mindspeed_mm.precision.perturb import Perturbation
 from mindspeed_mm.precision.plan import CapturePlan
 from mindspeed_mm.precision.record import RecordWriter
+from mindspeed_mm.precision.view import PlainView
 
 WIDTH, HEADS, KV_HEADS, LAYERS, VOCABULARY, LENGTH, IMAGE_TOKENS, PIXELS = 32, 4, 2, 3, 101, 24, 4, 12
 STEPS, MICRO_BATCHES, MICRO_BATCH_SIZE = 2, 2, 2
@@ -241,7 +242,8 @@ def train(folder: Path, recipe: Recipe, rank: int = 0, world_size: int = 1) -> N
     if rank == 0:
         writer.start({"arguments": {"clip_grad": recipe.clip}})
     plan = CapturePlan(frozenset(range(STEPS)), True, recipe.kept)
-    capture = Capture(model, optimizer, writer, plan, device=torch.device("cpu"), speaks=rank == 0)
+    view = PlainView(model, speaks=rank == 0)
+    capture = Capture(view, optimizer, writer, plan, device=torch.device("cpu"))
     size = MICRO_BATCHES * MICRO_BATCH_SIZE
     for step in range(STEPS):
         numbers = recipe.order[step * size : (step + 1) * size]

@@ -36,7 +36,8 @@ class Sketch:
         rows: what tells the rows of an activation apart: ``token``, ``patch``, ``image``, ``sample``, or ``index``
             where nothing but their place in the batch does: such sketches depend on how the global batch was split.
             Empty for what has no rows: parameters, gradients of parameters, optimizer state.
-        part: ``(offset, size)`` in each dimension of what one rank holds; None for all of it.
+        part: ``(offset, size)`` in each dimension of what one rank holds; of several boxes of one tensor, one after the
+            other. None for all of it.
         copy: another rank holds the same, which counts.
         summed: what ranks hold adds up. Otherwise equal parts of different ranks are one, which must be equal.
         estimated: tensors were added element by element, as local gradients are, so that ``square_sum`` is an estimate
@@ -75,7 +76,7 @@ class Sketch:
             dtype=self.dtype if self.dtype == other.dtype else "mixed",
             shape=_joined_shape(self, other),
             rows=self.rows if self.rows == other.rows else "index",
-            part=self.part if self.part == other.part else None,
+            part=_joined_part(self, other),
             copy=self.copy and other.copy,
             summed=self.summed or other.summed,
             estimated=estimated,
@@ -135,6 +136,12 @@ def _over(difference: float, norm: float) -> float:
     if difference == 0:
         return 0.0
     return difference / norm if norm > 0 else math.inf
+
+
+def _joined_part(a: Sketch, b: Sketch) -> tuple[tuple[int, int], ...] | None:
+    if a.part == b.part:
+        return a.part
+    return None if a.rows or b.rows or a.part is None or b.part is None else a.part + b.part
 
 
 def _joined_shape(a: Sketch, b: Sketch) -> tuple[int, ...] | None:

@@ -9,8 +9,9 @@ from typing import Any
 import torch.distributed as dist
 
 from mindspeed_mm import accelerator
+from mindspeed_mm.arguments import road_of
 from mindspeed_mm.checkpoint.coordination import run_together
-from mindspeed_mm.distributed.state import data_parallel_group, print_rank_0
+from mindspeed_mm.distributed.state import loader_group, print_rank_0
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.precision.anomaly import AnomalyRing, read_anomaly_plan
 from mindspeed_mm.precision.capture import Capture
@@ -20,6 +21,7 @@ from mindspeed_mm.precision.perturb import Perturbation
 from mindspeed_mm.precision.plan import read_plan
 from mindspeed_mm.precision.record import RecordWriter
 from mindspeed_mm.precision.sites import innermost
+from mindspeed_mm.precision.view import ModelView, PlainView
 from mindspeed_mm.training.loop import Trainer
 from mindspeed_mm.training.reporting import StepRecord
 from mindspeed_mm.training.step_feed import StepFeed, TakenBatch
@@ -39,31 +41,40 @@ def attach(args: Namespace, trainer: Trainer, manifest: dict[str, Any]) -> None:
         UserError: a flag cannot be honoured.
     """
     engine = trainer.engine
+    view = _view(args, engine)
     if args.precision_perturb:  # first: what is recorded is to have the noise
         Perturbation(args.precision_perturb).attach(innermost(engine.module))
         print_rank_0("--precision-perturb: rounding noise is added, for a band; this is no run to keep")
     if args.log_local_norm:
-        norms = LocalNorms(engine.module)
+        norms = LocalNorms(view)
         trainer.log.parameter_names = norms.names
         engine.listeners.append(norms)
         trainer.watchers.append(NormWatcher(norms))
     if args.precision_capture:
         plan = read_plan(args.precision_capture)
         writer = _writer(_record_folder(args), manifest, args.iteration)
-        capture = Capture(engine.module, engine.optimizer, writer, plan, device=accelerator.device())
+        capture = Capture(view, engine.optimizer, writer, plan, device=accelerator.device())
         engine.listeners.append(capture)
         trainer.watchers.append(CaptureWatcher(capture, trainer.feed, args.micro_batch_size))
     if args.precision_on_anomaly:
         anomaly = read_anomaly_plan(args.precision_on_anomaly)
-        ring = AnomalyRing(engine.module, RecordWriter(_record_folder(args) / "anomalies", *_ranks()), anomaly)
+        ring = AnomalyRing(view, RecordWriter(_record_folder(args) / "anomalies", *_ranks()), anomaly)
         engine.listeners.append(ring)
         trainer.watchers.append(AnomalyWatcher(ring, trainer.feed))
     if args.precision_mode == "lr0":
         writer = _writer(_record_folder(args) / "lr0", manifest, args.iteration)
-        frozen = FrozenWeights(engine.module, writer)  # last: the others see the update before it is taken back
+        frozen = FrozenWeights(view, writer)  # last: the others see the update before it is taken back
         engine.listeners.append(frozen)
         trainer.watchers.append(SumWatcher(frozen))
         print_rank_0("--precision-mode lr0: the weights stay as they are")
+
+
+def _view(args: Namespace, engine: Any) -> ModelView:
+    if road_of(args) == "fsdp2":
+        return PlainView(engine.module)
+    from mindspeed_mm.precision.megatron.view import MegatronView
+
+    return MegatronView(engine.module, engine.mains, engine.group_names)
 
 
 def _ranks() -> tuple[int, int]:
@@ -114,7 +125,7 @@ class CaptureWatcher:
     def __init__(self, capture: Capture, feed: StepFeed, micro_batch_size: int) -> None:
         self._capture = capture
         self._feed = feed
-        self._rank = dist.get_rank(data_parallel_group())
+        self._rank = dist.get_rank(loader_group())
         self._size = micro_batch_size
 
     def step_begins(self, iteration: int) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from mindspeed_mm import accelerator
+from mindspeed_mm.arguments import road_of
 from mindspeed_mm.checkpoint.coordination import rank, run_together
 from mindspeed_mm.configs.fsdp2 import load_fsdp2_config
 from mindspeed_mm.engine import Engine
@@ -91,16 +92,24 @@ def describe_effective(args: Namespace, engine: Engine, schedule: Schedule) -> d
     Beside what :func:`mindspeed_mm.precision.effective.effective_values` reads: ``learning_rates`` by the number of
     iterations done, the first 20 and up to 100 others, and how losses and gradients are combined.
     """
-    from mindspeed_mm.precision.effective import effective_values
-
     last = args.train_iters or 0
     steps = sorted({*range(min(last, 20) + 1), *range(0, last, last // 100 + 1)})
     loss = "per_token" if args.calculate_per_token_loss else "per_sample" if args.calculate_per_sample_loss else "mean"
-    found = effective_values(engine.module, engine.optimizer)
+    found = _effective_values(args, engine)
     found["learning_rates"] = {step: schedule.preview(step * args.global_batch_size) for step in steps}
     found["loss"] = loss
     found["clip_grad"] = args.clip_grad
     return found
+
+
+def _effective_values(args: Namespace, engine: Any) -> dict[str, Any]:
+    if road_of(args) == "fsdp2":
+        from mindspeed_mm.precision import effective
+
+        return effective.effective_values(engine.module, engine.optimizer)
+    from mindspeed_mm.precision.megatron import effective as of_megatron
+
+    return of_megatron.effective_values(engine.module, engine.mains, engine.optimizer, engine.group_names)
 
 
 def _versions() -> dict[str, str]:

@@ -13,6 +13,7 @@ from mindspeed_mm.distributed.parallel import ParallelSizes
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.megatron.shapes import read_hf_config
 from mindspeed_mm.models.megatron.stages import layers_of_chunks
+from mindspeed_mm.models.megatron.vocabulary import DIVISOR
 
 _SAME_NAME = ("sequence_parallel", "recompute_granularity", "recompute_method", "recompute_num_layers")
 _EXPERTS = ("moe_token_dispatcher_type", "moe_permute_fusion", "moe_grouped_gemm")
@@ -51,7 +52,7 @@ def apply_layout(args: Namespace, model: ModelConfig) -> None:
         args.virtual_pipeline_model_parallel_size or 1,
         written,
     )
-    model.megatron.update(_fields(args, text))
+    model.megatron.update(_fields(args, model, text))
 
 
 def _problems(args: Namespace, text: Any) -> list[str]:
@@ -65,7 +66,6 @@ def _problems(args: Namespace, text: Any) -> list[str]:
     experts = getattr(text, "num_experts", None)
     divides(flag, tensor, text.num_attention_heads, "attention heads", "num_attention_heads")
     divides(flag, tensor, text.num_key_value_heads, "key and value heads", "num_query_groups, num_key_value_heads")
-    divides(flag, tensor, text.vocab_size, "words of the vocabulary", "vocab_size")
     if experts is None or getattr(text, "mlp_only_layers", None):
         divides(flag, tensor, text.intermediate_size, "columns of an MLP", "ffn_hidden_size, intermediate_size")
     size, flag = args.expert_model_parallel_size, "--expert-model-parallel-size"
@@ -83,10 +83,14 @@ def _problems(args: Namespace, text: Any) -> list[str]:
     return problems
 
 
-def _fields(args: Namespace, text: Any) -> dict[str, Any]:
-    """Return fields of TransformerConfig."""
+def _fields(args: Namespace, model: ModelConfig, text: Any) -> dict[str, Any]:
+    """Return fields of TransformerConfig, and the divisor of the vocabulary."""
     fields: dict[str, Any] = {name: getattr(args, name) for name in _SAME_NAME if getattr(args, name)}
     fields |= {name: getattr(args, name) for name in _EXPERTS if name in args.explicit}
+    weights_follow = args.load_base_model or (model.init_from_hf_path and not model.random_init)
+    if weights_follow and args.load_strict:
+        fields["perform_initialization"] = False  # all values are about to be replaced
+    fields[DIVISOR] = args.make_vocab_size_divisible_by
     if args.bf16:
         fields |= {"bf16": True, "params_dtype": torch.bfloat16}
     if args.use_fused_rotary_pos_emb:
@@ -95,7 +99,7 @@ def _fields(args: Namespace, text: Any) -> dict[str, Any]:
         fields["bias_activation_fusion"] = True
     if args.overlap_p2p_communication:
         fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
-    fields["calculate_per_token_loss"] = args.calculate_per_token_loss
+    fields["calculate_per_token_loss"] = args.calculate_per_token_loss or args.calculate_per_sample_loss
     # A micro-batch is as long as its longest sample, and stages learn its length with it.
     fields["variable_seq_lengths"] = args.pipeline_model_parallel_size > 1
     return fields | check_context_parallel(

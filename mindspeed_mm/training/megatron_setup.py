@@ -60,6 +60,7 @@ def build_engine(args: Namespace, provider: Callable[..., Any]) -> tuple[Megatro
         sequence_length=args.seq_length or 1,
         micro_batch_size=args.micro_batch_size,
         per_token_loss=args.calculate_per_token_loss,
+        per_sample_loss=args.calculate_per_sample_loss,
     )
     return engine, groups
 
@@ -125,7 +126,8 @@ def _whole_model(wrapped: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
     for chunk in wrapped:
         for name, parameter in named_globally(chunk):
             first, *rest = parameter.shape or (1,)
-            shape = (first * _copies(parameter), *rest) if parameter.ndim else ()
+            first = getattr(parameter, "words", first * _copies(parameter))  # a vocabulary may be padded
+            shape = (first, *rest) if parameter.ndim else ()
             mine[name] = (shape, parameter.requires_grad)
     found = {name: entry for part in gather(mine) for name, entry in part.items()}
     return {

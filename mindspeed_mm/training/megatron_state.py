@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from mindspeed_mm.checkpoint.boxes import Box, BoxedTensor, overlap, range_boxes
+from mindspeed_mm.checkpoint.boxes import Box, BoxedTensor
 from mindspeed_mm.checkpoint.coordination import gather
+from mindspeed_mm.checkpoint.main_boxes import main_boxes
 from mindspeed_mm.checkpoint.optimizer_state import IMPLEMENTATION, PREFIX, check_groups
 from mindspeed_mm.checkpoint.run_state import Selection
 from mindspeed_mm.distributed.main_parameters import MainParameter, named_globally, unwrap
@@ -128,7 +129,8 @@ class MegatronState:
         for main in self.engine.mains.all:
             for kind in sorted(kinds):
                 names = [_PREFIX + piece.hf_name for piece, _ in self._boxes(main, main.value.detach())]
-                entry = entries.get(f"{names[0]}.{kind}")
+                # Rows of a vocabulary that are padding have no name, and no state worth keeping.
+                entry = entries.get(f"{names[0]}.{kind}") if names else None
                 if entry is None:
                     continue
                 if len(entry.size):
@@ -146,7 +148,8 @@ class MegatronState:
             beside = bool(group.get("fused") or group.get("capturable"))
             for value in group["params"]:
                 main = next(main for main in self.engine.mains.all if main.value is value)
-                name = _PREFIX + next(self._boxes(main, value.detach()))[0].hf_name
+                first = next(self._boxes(main, value.detach()), None)
+                name = first and _PREFIX + first[0].hf_name
                 for key, step in self._steps.items():
                     owner, _, kind = key.removeprefix(PREFIX).rpartition(".")
                     if owner == name:
@@ -159,15 +162,7 @@ class MegatronState:
 
     def _boxes(self, main: MainParameter, tensor: Tensor) -> Iterator[tuple[Piece, Box]]:
         """Yield the boxes of a tensor of a main parameter's shape, as parts of the Hugging Face tensors."""
-        layout = self._pieces[id(main.parameter)]
-        if main.whole:
-            yield from ((piece, Box(piece.offsets, piece.view(tensor))) for piece in layout)
-            return
-        shape = tuple(main.parameter.shape)
-        for local in range_boxes(shape, main.start, main.start + tensor.numel()):
-            for piece in layout:
-                if (shared := overlap(local, piece.local)) is not None:
-                    yield piece, _box_of_range(piece, shared, tensor, main.start, shape)
+        return main_boxes(main, self._pieces[id(main.parameter)], tensor)
 
     @staticmethod
     def _key(piece: Piece, state: str) -> str:
@@ -176,19 +171,3 @@ class MegatronState:
 
 def _belongs(name: str, part: Selection) -> bool:
     return part == "all" or (part == "adapters") == (".lora_" in name)
-
-
-def _box_of_range(piece: Piece, local: tuple[slice, ...], flat: Tensor, start: int, shape: tuple[int, ...]) -> Box:
-    """Return the box of the whole tensor that is ``local`` in a parameter of which ``flat`` begins at ``start``."""
-    strides = [1] * len(shape)
-    for dim in reversed(range(len(shape) - 1)):
-        strides[dim] = strides[dim + 1] * shape[dim + 1]
-    first = sum(part.start * stride for part, stride in zip(local, strides, strict=True)) - start
-    sizes = [part.stop - part.start for part in local]
-    extra = len(piece.sizes) - len(local)  # dimensions of the whole alone; it is 1 long in them
-    offsets = piece.offsets[:extra] + tuple(
-        offset + part.start - mine.start
-        for offset, part, mine in zip(piece.offsets[extra:], local, piece.local, strict=True)
-    )
-    view = flat.as_strided([1] * extra + sizes, [1] * extra + strides, flat.storage_offset() + first)
-    return Box(offsets, view)

@@ -87,6 +87,12 @@ def _fill_megatron_layers(args: Namespace, model: Any) -> None:
         return
     if args.init_model_with_meta_device:
         raise UserError(f"--init-model-with-meta-device: {type(model).__name__} is built with its weights; remove it.")
+    if model.router_losses is not None:
+        raise UserError(
+            f"model.json: the load-balancing loss of experts is not computed for {type(model).__name__} under FSDP2; "
+            "remove --use-torch-fsdp2, or the loss (moe_aux_loss_coeff, loss_cfg.router_aux_loss_coef), or use "
+            "pretrain_transformers.py."
+        )
     if model.weights_source and not args.load:
         from mindspeed_mm.models.megatron.layout import boxes
 

@@ -105,8 +105,9 @@ def test_megatron_core_imports_without_dynamo_and_compile_is_put_back() -> None:
         "import sys, torch, torch.distributed.fsdp; compiled = torch.compile\n"
         "def compilers(): return {m for m in sys.modules if m.startswith(('torch._dynamo', 'torch._inductor'))}\n"
         "before = compilers()\n"  # empty, but torch 2.7 imports Dynamo for FSDP2
-        "from mindspeed_mm import accelerator; accelerator.load_megatron_core()\n"
-        "assert 'megatron.core' in sys.modules; assert compilers() == before\n"
+        "from mindspeed_mm import accelerator; accelerator.prepare_megatron_layers()\n"
+        "import mindspeed_mm.models.megatron.decoder; assert 'megatron.core.models.gpt' in sys.modules\n"
+        "assert compilers() == before\n"
         "assert torch.compile is compiled\n"
     )
     result = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True)

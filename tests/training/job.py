@@ -34,6 +34,7 @@ _QWEN = {
 }
 _TOKENS = {
     "qwen3_vl": _QWEN,
+    "qwen3_vl_moe": _QWEN,
     "qwen2_5_vl": _QWEN,
     "internvl": {"image_token_id": "<IMG_CONTEXT>"},
     "qwen2_audio": {"audio_token_index": "<|AUDIO|>"},
@@ -53,7 +54,7 @@ def save_tiny_hf_folder(family: str, folder: Path, vocabulary: int | None = None
 
     from tests.models.tiny import tiny_config
 
-    tokenizer = save_tiny_processor(family, folder).tokenizer
+    tokenizer = save_tiny_processor(family.removesuffix("_moe"), folder).tokenizer
     config = tiny_config(family)
     for name, token in _TOKENS[family].items():
         setattr(config, name, tokenizer.convert_tokens_to_ids(token))

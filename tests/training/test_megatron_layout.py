@@ -40,12 +40,6 @@ def layout(folder: Path, family: str, line: str, world_size: int, **model: Any) 
             4,
             "--tensor-model-parallel-size 4 does not divide the 2 key an",
         ),
-        (
-            "qwen3_vl",
-            "--tensor-model-parallel-size 3",
-            3,
-            "does not divide the 320 words of the vocabulary (vocab_size",
-        ),
         ("qwen3_vl", "--tensor-model-parallel-size 3", 3, "does not divide the 64 columns of an MLP (ffn_hidden_size"),
         (
             "qwen3_vl",
@@ -94,7 +88,16 @@ def test_stages_that_model_json_writes(tmp_path: Path) -> None:
 
 
 def test_what_the_flags_decide(tmp_path: Path) -> None:
-    assert layout(tmp_path, "qwen3_vl", "", 1) == {"calculate_per_token_loss": False, "variable_seq_lengths": False}
+    assert layout(tmp_path, "qwen3_vl", "", 1) == {
+        "calculate_per_token_loss": False,
+        "variable_seq_lengths": False,
+        "make_vocab_size_divisible_by": 128,
+        "perform_initialization": False,
+    }
+    # Values that may stay have to be drawn.
+    assert "perform_initialization" not in layout(tmp_path, "qwen3_vl", "--load-strict false", 1)
+    assert "perform_initialization" not in layout(tmp_path, "qwen3_vl", "", 1, random_init=True)
+    assert layout(tmp_path, "qwen3_vl", "--calculate-per-sample-loss", 1)["calculate_per_token_loss"]
     line = "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 --bf16"
     line += " --recompute-granularity full --recompute-method block --recompute-num-layers 1"
     fields = layout(tmp_path, "qwen3_vl", line, 4)

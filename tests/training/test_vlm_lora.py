@@ -11,11 +11,11 @@ import torch
 from tests.ranks import RankPool
 from tests.training.job import Job, run_here
 from tests.training.test_resume import losses, tensors
-from tests.training.test_vlm_road import PP, even_folder, train, vlm
+from tests.training.test_vlm_road import PP, odd_folder, train, vlm
 
 peft = pytest.importorskip("peft")
 
-__all__ = ["even_folder", "vlm"]
+__all__ = ["odd_folder", "vlm"]
 
 LORA = {"lora_r": 4, "lora_alpha": 8, "train_iters": 6, "lr_decay_iters": 6}
 FUSED: dict[str, Any] = {**LORA, "lora_target_modules": ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]}
@@ -29,7 +29,7 @@ def close(one: dict[int, list[float]], other: dict[int, list[float]], limit: flo
             assert abs(a - b) <= limit * abs(b), (step, numbers, other[step])
 
 
-def test_a_run_with_adapters(vlm: Job, ranks2: RankPool, even_folder: Path, tmp_path: Path) -> None:
+def test_a_run_with_adapters(vlm: Job, ranks2: RankPool, odd_folder: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForImageTextToText
 
     train(ranks2, vlm, save=tmp_path / "cp", export_hf=tmp_path / "adapter", **CP, **FUSED)
@@ -50,7 +50,7 @@ def test_a_run_with_adapters(vlm: Job, ranks2: RankPool, even_folder: Path, tmp_
     for key, value in saved.items():
         torch.testing.assert_close(value, others[key], rtol=1e-3, atol=1e-5, msg=key)
     for folder in (tmp_path / "cp" / "iter_0000006", tmp_path / "adapter"):
-        base = AutoModelForImageTextToText.from_pretrained(even_folder)
+        base = AutoModelForImageTextToText.from_pretrained(odd_folder)
         model = peft.PeftModel.from_pretrained(base, str(folder)).base_model.model
         found = {name: value for name, value in model.state_dict().items() if ".lora_" in name}
         assert len(found) == 2 * 7 * 2

@@ -21,15 +21,15 @@ ADAM = {"adam-eps": "1e-5", "lr-warmup-iters": 2, "lr-decay-style": "cosine", "c
 
 
 @pytest.fixture(scope="session")
-def even_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Qwen3-VL whose vocabulary two ranks can share. Tests must not write to it."""
-    return save_tiny_hf_folder("qwen3_vl", tmp_path_factory.mktemp("hf"), vocabulary=320)
+def odd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3-VL whose vocabulary has to be padded. Tests must not write to it."""
+    return save_tiny_hf_folder("qwen3_vl", tmp_path_factory.mktemp("hf"), vocabulary=321)
 
 
 @pytest.fixture
-def vlm(tmp_path: Path, even_folder: Path) -> Job:
+def vlm(tmp_path: Path, odd_folder: Path) -> Job:
     """A job in which everything is trained, in a global batch of 4."""
-    job = Job(tmp_path, even_folder)
+    job = Job(tmp_path, odd_folder)
     job.model["image_encoder"] = {"vision_encoder": {"freeze": False}}
     job.flags |= {"global-batch-size": 4, "train-iters": 20, **ADAM}
     return job
@@ -66,15 +66,35 @@ TP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PP = {"pipeline_model_parallel_size": 2}
 
 
-@pytest.mark.parametrize("loss", [pytest.param("default", marks=pytest.mark.slow), "per-token"])
+@pytest.mark.parametrize(
+    "loss", [pytest.param("default", marks=pytest.mark.slow), pytest.param("sample", marks=pytest.mark.slow), "token"]
+)
 def test_both_roads_have_the_same_loss_curve(vlm: Job, ranks2: RankPool, tmp_path: Path, loss: str) -> None:
-    if loss == "per-token":
-        vlm.flags["calculate-per-token-loss"] = True
+    if loss != "default":
+        vlm.flags[f"calculate-per-{loss}-loss"] = True
     vlm.flags["save"] = tmp_path / "fsdp2"
     assert not any(o.code for o in ranks2.run(run_here, vlm.command(), vlm.folder, timeout=240))
     for name, flags in {"tp": TP, "pp": PP}.items():
         train(ranks2, vlm, save=tmp_path / name, **flags)
         close(tmp_path / name, tmp_path / "fsdp2", range(1, 21))
+
+
+@pytest.mark.slow
+def test_both_roads_have_the_same_router_loss(ranks2: RankPool, tmp_path: Path) -> None:
+    job = Job(tmp_path, save_tiny_hf_folder("qwen3_vl_moe", tmp_path / "hf", vocabulary=321))
+    job.model |= {"model_id": "qwen3_vl_moe", "image_encoder": {"vision_encoder": {"freeze": False}}}
+    job.model["loss_cfg"] = {"router_aux_loss_coef": 0.1}
+    job.flags |= {"global-batch-size": 4, "train-iters": 6, "calculate-per-token-loss": True, **ADAM}
+    job.flags["save"] = tmp_path / "fsdp2"
+    assert not any(o.code for o in ranks2.run(run_here, job.command(), job.folder, timeout=240))
+    flags = {**TP, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
+    train(ranks2, job, save=tmp_path / "ep", **flags, moe_token_dispatcher_type="alltoall")
+    close(tmp_path / "ep", tmp_path / "fsdp2", range(1, 7))
+    mine, theirs = (
+        [json.loads(line)["aux_loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("ep", "fsdp2")
+    )
+    assert len(mine) == 6 and all(abs(a - b) <= 1e-5 * b for a, b in zip(mine, theirs, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -47,9 +47,8 @@ MODEL = Group(
             "--make-vocab-size-divisible-by",
             integer(1),
             128,
-            "padding of the vocabulary",
+            "rows of the vocabulary on each tensor-parallel rank are a multiple of it; files have no such padding",
             fsdp2=_CONFIG,
-            megatron=_FILE,
         ),
         Flag(
             "--untie-embeddings-and-output-weights",

@@ -76,7 +76,7 @@ FSDP2 = Group(
             SWITCH,
             False,
             "build without memory; weights go straight to the shards",
-            megatron=Inert("every rank builds its own part of the model"),
+            megatron=Inert("every rank builds its own part, without values where they are about to be loaded"),
         ),
         Flag(
             "--use-cpu-initialization",
@@ -93,7 +93,7 @@ FSDP2 = Group(
             "leave weights uninitialised",
             dest="perform_initialization",
             fsdp2=Inert("weights that are about to be loaded are never initialised first"),
-            megatron=Inert("it saves a moment only: weights that are loaded replace it"),
+            megatron=Inert("weights that are about to be loaded are never initialised first"),
         ),
     ),
 )

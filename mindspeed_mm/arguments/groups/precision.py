@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from mindspeed_mm.arguments.flag import PATH, SWITCH, TEXT, Flag, Group, Refused, integer, one_of
-
-_FSDP2_ONLY = Refused("recording precision is for --use-torch-fsdp2; add that flag, or remove this one")
+from mindspeed_mm.arguments.flag import PATH, SWITCH, TEXT, Flag, Group, integer, one_of
 
 PRECISION = Group(
     "precision alignment",
@@ -16,14 +14,12 @@ PRECISION = Group(
             None,
             "record these steps: 'steps=0-1,level=module,tensors=PATTERN'; steps count from 0, level=parameter leaves "
             "the modules out, tensors= keeps whole tensors of modules and parameters (patterns such as *.layers.0.*)",
-            megatron=_FSDP2_ONLY,
         ),
         Flag(
             "--precision-mode",
             one_of("lr0"),
             None,
             "lr0: the optimizer runs and its update is discarded; the gradients' sum over all steps is recorded",
-            megatron=_FSDP2_ONLY,
         ),
         Flag(
             "--precision-perturb",
@@ -31,7 +27,6 @@ PRECISION = Group(
             0,
             "seed of rounding noise in the outputs of leaf modules (half a unit in the last place), for records that "
             "'mindspeed-mm precision band' measures the reference's own spread on; 0: none",
-            megatron=_FSDP2_ONLY,
         ),
         Flag(
             "--precision-on-anomaly",
@@ -39,14 +34,12 @@ PRECISION = Group(
             None,
             "'dump=3': when a loss or gradient is not finite, or the gradient norm leaps, write down the last 3 steps "
             "and a script that replays them",
-            megatron=_FSDP2_ONLY,
         ),
         Flag(
             "--log-local-norm",
             SWITCH,
             False,
             "log the gradient norm of every parameter, all ranks together",
-            megatron=_FSDP2_ONLY,
         ),
     ),
 )

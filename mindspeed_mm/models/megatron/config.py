@@ -15,6 +15,7 @@ from mindspeed_mm.errors import UserError, did_you_mean
 from mindspeed_mm.models.megatron.blueprint import Blueprint
 from mindspeed_mm.models.megatron.shapes import TEXT_KEYS
 from mindspeed_mm.models.megatron.structure import check_structure
+from mindspeed_mm.models.megatron.vocabulary import DIVISOR
 
 _ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -79,13 +80,7 @@ def transformer_config(config: ModelConfig, blueprint: Blueprint, *, transformer
     checked = check_structure(text, shapes, blueprint)
     if idle := sorted(text.model_fields_set - checked - TEXT_KEYS - set(SAME_NAME) - _OTHER_KEYS):
         print_rank_0(f"model.json: these keys of text_decoder have no effect here: {', '.join(idle)}")
-    if config.loss_cfg.router_aux_loss_coef > 0:
-        raise UserError(
-            "model.json: loss_cfg.router_aux_loss_coef is Hugging Face's load-balancing loss, which megatron-core's "
-            "routers do not compute. Set text_decoder.moe_router_load_balancing_type to 'aux_loss' and "
-            "text_decoder.moe_aux_loss_coeff for megatron-core's, or use pretrain_transformers.py."
-        )
-    chosen = {**_text_decoder_keys(text), **config.megatron.to_dict()}
+    chosen = chosen_fields(config)
     for key in chosen:
         if key in shapes and key not in ("init_method_std", "attention_dropout"):
             raise UserError(
@@ -103,8 +98,10 @@ def transformer_config(config: ModelConfig, blueprint: Blueprint, *, transformer
     if shapes["virtual_pipeline_model_parallel_size"]:
         # Between two stages a batch holds two messages each way, and gloo gives the first to whoever asks first.
         values["batch_p2p_comm"] = False
+    values["moe_router_load_balancing_type"] = "none"  # `balance` computes it
     values["pipeline_dtype"] = values["params_dtype"]
-    values["calculate_per_token_loss"] = config.loss_cfg.loss_type == "per_token_loss"
+    # The engine divides by the tokens or samples of the global batch: gradients are only added up till then.
+    values["calculate_per_token_loss"] = config.loss_cfg.loss_type != "default"
     if "num_moe_experts" in values and shapes["tensor_model_parallel_size"] > 1 and not values.get("sequence_parallel"):
         raise UserError(
             f"a mixture of experts with --tensor-model-parallel-size {shapes['tensor_model_parallel_size']} needs "
@@ -114,12 +111,14 @@ def transformer_config(config: ModelConfig, blueprint: Blueprint, *, transformer
         result = TransformerConfig(**values)
     except (AssertionError, ImportError, ValueError) as error:
         raise UserError(f"model.json and the command line do not fit together for megatron-core: {error}") from error
-    if result.tensor_model_parallel_size > 1 and blueprint.text.vocab_size % result.tensor_model_parallel_size:
-        raise UserError(
-            f"the vocabulary of {blueprint.text.vocab_size} words cannot be divided by --tensor-model-parallel-size "
-            f"{result.tensor_model_parallel_size}; use a divisor of it."
-        )
     return result
+
+
+def chosen_fields(config: ModelConfig) -> dict[str, Any]:
+    """Return the fields of ``TransformerConfig`` that model.json and the command line write."""
+    chosen = {**_text_decoder_keys(config.text_decoder or TextDecoder()), **config.megatron.to_dict()}
+    chosen.pop(DIVISOR, None)
+    return chosen
 
 
 _DEFAULTS: dict[str, Any] = {
@@ -134,7 +133,6 @@ _DEFAULTS: dict[str, Any] = {
     "persist_layer_norm": False,
     # The other one refuses sequences of different lengths, in dense models too.
     "moe_token_dispatcher_type": "alltoall",
-    "moe_router_load_balancing_type": "none",
     "moe_router_dtype": "fp32",
 }
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from mindspeed_mm.models.megatron.blueprint import Blueprint
 from mindspeed_mm.models.megatron.rotary import RotaryAngles
 from mindspeed_mm.models.megatron.specs import decoder_spec
+from mindspeed_mm.models.megatron.vocabulary import VocabularyShare, rows_of_each
 
 
 class TextDecoder(GPTModel):
@@ -33,6 +34,10 @@ class TextDecoder(GPTModel):
         post_process: whether this chunk has the output layer.
         vp_stage: number of this chunk in its stage; None without virtual pipeline stages.
         transformer_engine: whether to use Transformer Engine's layers.
+        vocabulary_divisor: what the rows of the vocabulary on each tensor-parallel rank are a multiple of.
+
+    Attributes:
+        vocabulary: this rank's share of it.
     """
 
     def __init__(
@@ -44,7 +49,14 @@ class TextDecoder(GPTModel):
         post_process: bool,
         vp_stage: int | None,
         transformer_engine: bool,
+        vocabulary_divisor: int = 1,
     ) -> None:
+        ranks = config.tensor_model_parallel_size
+        share = VocabularyShare(
+            blueprint.text.vocab_size,
+            rows_of_each(blueprint.text.vocab_size, ranks, vocabulary_divisor),
+            parallel_state.get_tensor_model_parallel_rank(),
+        )
         options: dict[str, Any] = {}
         if "vp_stage" in inspect.signature(GPTModel).parameters:
             options["vp_stage"] = vp_stage
@@ -53,7 +65,7 @@ class TextDecoder(GPTModel):
         super().__init__(
             config=config,
             transformer_layer_spec=decoder_spec(config, [blueprint.has_experts[i] for i in layers], transformer_engine),
-            vocab_size=blueprint.text.vocab_size,
+            vocab_size=share.rows * ranks,
             max_sequence_length=blueprint.text.max_position_embeddings,
             pre_process=pre_process,
             post_process=post_process,
@@ -62,6 +74,8 @@ class TextDecoder(GPTModel):
             scatter_embedding_sequence_parallel=False,
             **options,
         )
+        self.vocabulary = share
+        self._clear_padding()
         for number, layer in enumerate(self.decoder.layers, layers.start + 1):
             _set_number(layer, number)
         self.rotary_pos_emb = RotaryAngles(type(blueprint.decoder.rotary_emb)(config=blueprint.text))
@@ -108,10 +122,19 @@ class TextDecoder(GPTModel):
         return hidden
 
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """Return (S, B, V), under tensor parallelism this rank's part of the vocabulary."""
+        """Return (S, B, V), under tensor parallelism the words that this rank has of the vocabulary."""
         tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits: Tensor = self.output_layer(hidden_states, weight=tied)[0]
-        return logits
+        return logits if self.vocabulary.held == self.vocabulary.rows else logits[..., : self.vocabulary.held]
+
+    @torch.no_grad()
+    def _clear_padding(self) -> None:
+        """Set the rows that are no words to zero, and say of how many words the tensors are."""
+        embedding = self.embedding.word_embeddings if self.pre_process else None
+        for module in (embedding, getattr(self, "output_layer", None)):
+            if module is not None and module.weight is not None:
+                module.weight[self.vocabulary.held :].zero_()
+                module.weight.words = self.vocabulary.words
 
 
 def _set_number(layer: Any, number: int) -> None:

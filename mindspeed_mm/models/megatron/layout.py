@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mindspeed_mm.distributed.piece import Piece
 from mindspeed_mm.models.megatron.lora_layout import adapter_pieces
+from mindspeed_mm.models.megatron.vocabulary import VocabularyShare
 
 __all__ = ["Piece", "boxes", "hf_shapes", "pieces"]
 
@@ -30,11 +31,17 @@ def pieces(model: nn.Module) -> dict[str, list[Piece]]:
             that keep the model in ``module`` (DDP, Float16Module) are looked through.
 
     Returns:
-        Local parameter name, relative to the unwrapped model, to its boxes. Together they cover it exactly.
+        Local parameter name, relative to the unwrapped model, to its boxes. Together they cover it exactly, but for
+        rows of the vocabulary that are padding; where all are, there is no box.
 
     Raises:
         KeyError: a parameter whose counterpart in the Hugging Face model is not known.
     """
+    return {name: [box for box in boxes if 0 not in box.sizes] for name, boxes in _shares(model).items()}
+
+
+def _shares(model: nn.Module) -> dict[str, list[Piece]]:
+    """Return boxes that may be empty."""
     model = _unwrap(model)
     decoder: Any = getattr(model, "text_decoder", model)
     hf_decoder = "model" if decoder is model else model.blueprint.decoder_path
@@ -42,7 +49,7 @@ def pieces(model: nn.Module) -> dict[str, list[Piece]]:
     if decoder is not model:
         encoder: Any = getattr(model, "image_encoder", None)
         if encoder is not None:
-            names.update(_whole(encoder, "image_encoder.", encoder.hf_name))
+            names.update(_encoder_shares(encoder, "image_encoder.", encoder.hf_name))
     path = "" if decoder is model else "text_decoder."
     names.update({path + name: boxes for name, boxes in _decoder_pieces(decoder, hf_decoder).items()})
     return names
@@ -69,7 +76,7 @@ def boxes(*chunks: nn.Module, adapters: bool = False) -> list[tuple[Piece, Tenso
 
 def hf_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the Hugging Face names and whole shapes of what this rank holds, or parts of it."""
-    return {piece.hf_name: piece.global_shape for boxes in pieces(model).values() for piece in boxes}
+    return {piece.hf_name: piece.global_shape for boxes in _shares(model).values() for piece in boxes}
 
 
 def _unwrap(model: Any) -> Any:
@@ -78,24 +85,28 @@ def _unwrap(model: Any) -> Any:
     return model
 
 
-def _whole(module: nn.Module, path: str, hf_name: Any) -> dict[str, list[Piece]]:
-    """Modules of Hugging Face, which every tensor-parallel rank holds whole."""
+def _encoder_shares(module: nn.Module, path: str, hf_name: Any) -> dict[str, list[Piece]]:
+    """Modules of Hugging Face, whole on every tensor-parallel rank but for the linear layers of the projector."""
     from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
-    replica = parallel_state.get_tensor_model_parallel_rank() > 0
-    return {
-        path + name: [
-            Piece(
-                hf_name(name),
-                tuple(parameter.shape),
-                (0,) * parameter.dim(),
-                tuple(parameter.shape),
-                tuple(slice(0, size) for size in parameter.shape),
-                replica,
-            )
-        ]
-        for name, parameter in module.named_parameters()
-    }
+    rank, ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    split_along: dict[str, int] = {}
+    for name, child in module.named_modules():
+        if isinstance(child, ColumnParallelLinear):
+            split_along |= {f"{name}.weight": 0, f"{name}.bias": 0}
+        elif isinstance(child, RowParallelLinear):
+            split_along[f"{name}.weight"] = 1
+    found = {}
+    for name, parameter in module.named_parameters():
+        sizes, offsets, whole = tuple(parameter.shape), [0] * parameter.dim(), list(parameter.shape)
+        dim = split_along.get(name)
+        if dim is not None:
+            offsets[dim], whole[dim] = rank * sizes[dim], ranks * sizes[dim]
+        local = tuple(slice(0, size) for size in sizes)
+        replica = dim is None and rank > 0
+        found[path + name] = [Piece(hf_name(name), tuple(whole), tuple(offsets), sizes, local, replica)]
+    return found
 
 
 @dataclass(frozen=True)
@@ -256,12 +267,22 @@ def _decoder_pieces(decoder: Any, hf_prefix: str) -> dict[str, list[Piece]]:
     def at(prefix: str) -> _Layer:
         return _Layer(decoder.config, prefix, tensor, experts, expert_tensor)
 
-    vocabulary = (decoder.vocab_size, decoder.config.hidden_size)
-    top = at(hf_prefix)
-    embedding = top.box("embed_tokens.weight", vocabulary, split=tensor)
+    width = decoder.config.hidden_size
+    # A GPTModel that is no TextDecoder has no padding.
+    share = getattr(decoder, "vocabulary", None) or VocabularyShare(
+        decoder.vocab_size, decoder.vocab_size // tensor.size, tensor.rank
+    )
+    embedding = Piece(
+        f"{hf_prefix}.embed_tokens.weight",
+        (share.words, width),
+        (share.first, 0),
+        (share.held, width),
+        (slice(0, share.held), slice(0, width)),
+        replica=False,
+    )
     outside = {
         "embedding.word_embeddings.weight": embedding,
-        "decoder.final_layernorm.weight": top.box("norm.weight", vocabulary[1:]),
+        "decoder.final_layernorm.weight": at(hf_prefix).box("norm.weight", (width,)),
         "output_layer.weight": _head(decoder, embedding),
     }
     found: dict[str, list[Piece]] = {}

@@ -33,7 +33,7 @@ class RotaryAngles(nn.Module):
                 f"on the length, or it scales the scores); use pretrain_transformers.py, or another type."
             )
         # Not a buffer: casting the model to bf16 would round it.
-        self._frequencies: Tensor = hf_rotary.inv_freq.detach().clone().float()
+        self.inv_freq: Tensor = hf_rotary.inv_freq.detach().clone().float()
         self._section: list[int] | None = getattr(hf_rotary, "mrope_section", None)
         self._interleaved = hf_rotary.config.model_type.startswith("qwen3")
 
@@ -46,9 +46,9 @@ class RotaryAngles(nn.Module):
         Returns:
             (S, B, 1, D) fp32, where D is the rotated part of a head; its second half repeats the first.
         """
-        if self._frequencies.device != position_ids.device:
-            self._frequencies = self._frequencies.to(position_ids.device)
-        angles = position_ids[..., None] * self._frequencies
+        if self.inv_freq.device != position_ids.device:
+            self.inv_freq = self.inv_freq.to(position_ids.device)
+        angles = position_ids[..., None] * self.inv_freq
         if angles.dim() == 4:
             angles = self._sections(angles)
         return torch.cat([angles, angles], dim=-1)[:, :, None].transpose(0, 1).contiguous()

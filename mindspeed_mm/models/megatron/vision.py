@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from mindspeed_mm.distributed.meta import materialize, meta_init
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.megatron.blueprint import Blueprint
 from mindspeed_mm.models.megatron.split_images import split_images
@@ -51,7 +53,7 @@ class _Captured(nn.Module):
 class ImageEncoder(nn.Module):
     """The Hugging Face model without its text decoder: vision tower, projector, and how features enter the text.
 
-    All tensor-parallel ranks hold it whole, and compute the same or share the images.
+    All tensor-parallel ranks hold the tower whole, and compute the same there or share the images.
 
     Attributes:
         encoder: the vision tower.
@@ -61,15 +63,17 @@ class ImageEncoder(nn.Module):
     def __init__(
         self,
         blueprint: Blueprint,
-        dtype: torch.dtype,
+        config: Any,
         attention: Any = None,
         shared_by: dist.ProcessGroup | None = None,
     ) -> None:
-        """Build it with random weights from torch's global generator.
+        """Build it.
+
+        Its values are random, from torch's global generator; undefined without ``config.perform_initialization``.
 
         Args:
             blueprint: the model.
-            dtype: of the parameters.
+            config: ``TransformerConfig`` of the text decoder, for dtype and tensor-parallel ranks.
             attention: ``attn_implementation`` as Transformers takes it; None: its choice.
             shared_by: the tensor-parallel ranks, if they are to share the images of a micro-batch.
 
@@ -79,7 +83,9 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self._family = family_of(blueprint.config)
         self._paths: dict[str, str] = {}
-        backbone = _without_decoder(blueprint, attention, dtype)
+        with nullcontext() if config.perform_initialization else meta_init():
+            backbone = _without_decoder(blueprint, attention, config.params_dtype)
+        materialize(backbone, torch.device("cpu"))
         # Not registered: the modules have one path each, through `encoder` and `projector`.
         self._unregistered = (backbone, f"{blueprint.backbone_path}.")
         self.encoder = self._take("encoder", "vision_encoder")
@@ -94,6 +100,17 @@ class ImageEncoder(nn.Module):
                     f"images, so that tensor-parallel ranks cannot share them. Remove the key."
                 )
             split_images(self.encoder, self._blank, shared_by)
+        elif config.tensor_model_parallel_size > 1:
+            self._split_projector(config)
+
+    def _split_projector(self, config: Any) -> None:
+        """Let tensor-parallel ranks share it; where they share the images, each needs it whole for its own."""
+        from mindspeed_mm.models.megatron.projector import split_projector
+
+        backbone, prefix = self._unregistered
+        for path in self._family.components["vision_projector"]:
+            if _has(backbone, path.removeprefix(prefix)):
+                split_projector(backbone.get_submodule(path.removeprefix(prefix)), config)
 
     def _take(self, name: str, component: str) -> nn.Module | None:
         backbone, prefix = self._unregistered
@@ -109,10 +126,15 @@ class ImageEncoder(nn.Module):
         """What is known of the model's family."""
         return self._family
 
+    @property
+    def shares_images(self) -> bool:
+        """Whether tensor-parallel ranks share the images of a micro-batch."""
+        return self._shares
+
     def hf_name(self, name: str) -> str:
-        """Return what a parameter of this module is called in the Hugging Face model."""
+        """Return what a parameter or module in this one is called in the Hugging Face model."""
         child, _, rest = name.partition(".")
-        return f"{self._paths[child]}.{rest}"
+        return f"{self._paths[child]}.{rest}" if rest else self._paths[child]
 
     def forward(
         self, embed: Callable[[Tensor], Tensor], input_ids: Tensor, media: Mapping[str, Any], metadata: Any = None

@@ -124,3 +124,52 @@ def test_not_strict_takes_what_fits(ranks1: RankPool, tmp_path: Path) -> None:
     tiny.save_tiny("qwen2_5_vl", tmp_path)
     ((lines, kept),) = ranks1.run(load_loosely, str(tmp_path))
     assert len(lines) == 1 and kept
+
+
+def build_without_values(folder: str) -> tuple[bool, bool]:
+    """Return whether random numbers were drawn, and whether all values are the folder's."""
+    vlm.start()
+    before = torch.get_rng_state()
+    (model,) = vlm.build(folder, megatron={"perform_initialization": False})
+    drawn = not torch.equal(before, torch.get_rng_state())
+    right = dict(tiny.tiny_model("qwen2_5_vl").named_parameters())
+    return drawn, all(torch.equal(view, right[piece.hf_name][piece.block]) for piece, view in boxes(model))
+
+
+def test_values_that_are_read_next_are_not_drawn_first(ranks1: RankPool, tmp_path: Path) -> None:
+    tiny.save_tiny("qwen2_5_vl", tmp_path)
+    assert ranks1.run(build_without_values, str(tmp_path)) == [(False, True)]
+
+
+def split_layers(folder: str, shared: bool) -> list[tuple[str, tuple[int, ...]]]:
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+
+    vlm.start(tensor=2)
+    (model,) = vlm.build(folder, enable_encoder_dp=shared)
+    encoder, parallel = model.image_encoder, (ColumnParallelLinear, RowParallelLinear)
+    return [
+        (encoder.hf_name(name), tuple(module.weight.shape))
+        for name, module in encoder.named_modules()
+        if isinstance(module, parallel)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [
+        ("qwen3_vl", ["visual.merger.linear_fc", "visual.deepstack_merger_list.0.linear_fc"]),
+        pytest.param("qwen2_5_vl", ["visual.merger.mlp."], marks=pytest.mark.slow),
+        pytest.param("internvl", ["multi_modal_projector.linear_"], marks=pytest.mark.slow),
+        pytest.param("llava", ["multi_modal_projector.linear_"], marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_share_the_projector(ranks2: RankPool, tmp_path: Path, family: str, layers: list[str]) -> None:
+    tiny.save_tiny(family, tmp_path)
+    whole = dict(tiny.tiny_model(family).named_modules())
+    for found in ranks2.run(split_layers, str(tmp_path), False):
+        assert len(found) == 2 * len(layers)
+        for number, (name, shape) in enumerate(found):
+            assert name.startswith(f"model.{layers[number // 2]}")
+            rows, columns = whole[name].weight.shape
+            assert shape == ((rows // 2, columns) if number % 2 == 0 else (rows, columns // 2))
+    assert ranks2.run(split_layers, str(tmp_path), True) == [[], []]

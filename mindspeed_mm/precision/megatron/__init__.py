@@ -1,0 +1,1 @@
+"""Records of models of megatron-core layers, in the names of the Hugging Face model."""
