@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mindspeed_mm.data.batching import Plan
-from mindspeed_mm.data.measured_rows import measure_pieces, read_pieces
+from mindspeed_mm.data.measured_rows import LengthFinder, read_pieces
 from mindspeed_mm.errors import UserError
 
 WINDOW = 1000
@@ -57,6 +57,7 @@ class RowWindows:
         self.shuffle = shuffle
         self.seed = seed
         self.by_length = by_length
+        self._finder = LengthFinder(dataset, by_length.workers, by_length.tokens) if by_length else None
         self.window = WINDOW
         self.counts: int | None = None
         about = {"units": "rows", "window": WINDOW, "seed": seed, "shuffle": shuffle}
@@ -92,7 +93,7 @@ class RowWindows:
 
     def _windows(self, rows: Any) -> Iterator[tuple[list[Any], np.ndarray, Any]]:
         """Yield the rows of each window, their lengths and the state at its beginning."""
-        if self.by_length is None:
+        if self.by_length is None or self._finder is None:
             for part, state in read_pieces(rows, self.window):
                 yield part, np.zeros(len(part)), state
             return
@@ -100,7 +101,7 @@ class RowWindows:
         window: list[Any] = []
         lengths: list[int] = []
         begin: Any = None
-        for part, found, state in measure_pieces(pieces, self.dataset, self.by_length.workers, least):
+        for part, found, state in self._finder.measure(pieces):
             begin = begin if window else state
             window += part
             lengths += found

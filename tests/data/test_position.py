@@ -6,6 +6,7 @@ The ranks are loaders in one process: what they take is decided without communic
 from __future__ import annotations
 
 import io
+import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -22,6 +23,7 @@ from mindspeed_mm.data.iterators import CursorIterator, iterate
 from mindspeed_mm.data.loaders import MultiModalDataLoader
 from mindspeed_mm.data.mixing import MixedDataset
 from mindspeed_mm.data.planning import build_sampler
+from mindspeed_mm.data.samplers import Position
 from mindspeed_mm.errors import UserError
 
 SEED, GLOBAL, SAMPLES = 5, 8, 43
@@ -232,6 +234,22 @@ def test_packs_of_a_stream_are_those_made_by_hand(workers: int, monkeypatch: pyt
     assert list(chain.from_iterable(straight[0].sampler.source.one_pass())) == [
         [{"id": number} for number in pack] for pack in PACKS
     ]
+
+
+def test_processes_that_find_lengths_stay_and_nobody_takes_them_from_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mindspeed_mm.data.row_windows.WINDOW", 4)
+    monkeypatch.setattr("mindspeed_mm.data.planning._PACKS", 1)
+    sampler = job(1, FewRows, pack_to=10, size=6, drop_last=False, shuffle=False, workers=1)[0].sampler
+    before = multiprocessing.active_children()
+    sampler.start_at(Position())
+    packs = iter(sampler)
+    found, children = [next(packs) for _ in range(3)], multiprocessing.active_children()
+    assert len(children) == len(before) + 1
+    assert sampler.samples_at(Position(), 4) == [{"id": 9}]  # while the other goes on
+    found += [next(packs) for _ in range(15)]
+    assert [[row["id"] for row in pack] for pack in found] == PACKS * 3
+    assert {child.pid for child in multiprocessing.active_children()} & {child.pid for child in children}
+    assert len(multiprocessing.active_children()) == len(children)
 
 
 def test_a_position_in_a_packed_stream_reads_no_window_before_it(monkeypatch: pytest.MonkeyPatch) -> None:

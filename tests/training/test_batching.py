@@ -40,7 +40,7 @@ def epochs(job: Job, monkeypatch: pytest.MonkeyPatch) -> Job:
     monkeypatch.chdir(job.folder)
     job.command()  # writes the rows
     length = len(build_mm_dataset(job.data["dataset_param"])[0]["input_ids"])
-    job.flags |= {"calculate-per-token-loss": True, "seq-length": 2 * length + 5, "train-iters": 2, "num-workers": 1}
+    job.flags |= {"calculate-per-token-loss": True, "seq-length": 2 * length + 5, "train-iters": 2}
     return job
 
 
@@ -67,6 +67,7 @@ def test_a_stream_in_a_layout_of_a_plugin_is_packed(
 def test_balanced_batches_and_token_budgets_train_on_the_same_samples(
     epochs: Job, ranks1: RankPool, ranks2: RankPool, tmp_path: Path
 ) -> None:
+    epochs.flags["num-workers"] = 1
     run(ranks1, epochs, save=tmp_path / "alone", global_batch_size=8)
     run(ranks2, epochs, save=tmp_path / "balanced", global_batch_size=8, use_data_balance=True)
     same_as_alone(tmp_path / "alone", tmp_path / "balanced")
