@@ -56,10 +56,10 @@ def measure(preset: dict[str, Any], rounds: int, threads: int, clock: Callable[[
     import torch.distributed as dist
 
     from mindspeed_mm import accelerator
-    from mindspeed_mm.precision.capture import Capture
-    from mindspeed_mm.precision.local_norm import LocalNorms
-    from mindspeed_mm.precision.plan import CapturePlan
-    from mindspeed_mm.precision.record import RecordWriter
+    from mindspeed_mm.precision.recording.capture import Capture
+    from mindspeed_mm.precision.recording.local_norm import LocalNorms
+    from mindspeed_mm.precision.recording.plan import CapturePlan
+    from mindspeed_mm.precision.records.record import RecordWriter
 
     torch.set_num_threads(threads)
     accelerator.set_device(0)

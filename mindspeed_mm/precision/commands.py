@@ -43,9 +43,9 @@ def config_diff(
     system's default.
     """
     from mindspeed_mm.checkpoint.commands import new_table, print_table
-    from mindspeed_mm.precision.config_diff import DIFFERENT, judge, rows
-    from mindspeed_mm.precision.config_side import understand
-    from mindspeed_mm.precision.config_sources import read_sources
+    from mindspeed_mm.precision.settings.config_diff import DIFFERENT, judge, rows
+    from mindspeed_mm.precision.settings.config_side import understand
+    from mindspeed_mm.precision.settings.config_sources import read_sources
 
     sides = [
         understand(read_sources(place), _pairs(flag, given))
@@ -79,8 +79,8 @@ def curve(
 ) -> None:
     """Judge a loss curve, and the gradient norms, by the documented criteria and by what they do not see."""
     from mindspeed_mm.checkpoint.commands import new_table, print_table
-    from mindspeed_mm.precision.criteria import judge_curves
-    from mindspeed_mm.precision.curves import read_curve
+    from mindspeed_mm.precision.curves.criteria import judge_curves
+    from mindspeed_mm.precision.curves.curves import read_curve
 
     ours, theirs = read_curve(reference), read_curve(candidate)
     second = read_curve(ref2) if ref2 else None
@@ -90,7 +90,7 @@ def curve(
         table.add_row(criterion.name, str(criterion), "holds" if criterion.passed else "fails")
     print_table(table)
     if out is not None:
-        from mindspeed_mm.precision.curve_plot import draw
+        from mindspeed_mm.precision.curves.curve_plot import draw
 
         out.mkdir(parents=True, exist_ok=True)
         (out / "curve.png").write_bytes(draw(ours, theirs, second))
@@ -105,8 +105,8 @@ def data_diff(
     out: _Out = None,
 ) -> None:
     """Say whether two records hold the same samples: reordered, shifted, missing, duplicated, with other content."""
-    from mindspeed_mm.precision.data_diff import judge_data, placed
-    from mindspeed_mm.precision.record import Record
+    from mindspeed_mm.precision.comparing.data_diff import judge_data, placed
+    from mindspeed_mm.precision.records.record import Record
 
     decode = None
     if tokenizer is not None:
@@ -126,8 +126,8 @@ def state_diff(
 ) -> None:
     """Compare weights and optimizer state: checkpoints, DCP, Hugging Face and Megatron folders, records."""
     from mindspeed_mm.checkpoint.compare import differences
-    from mindspeed_mm.precision.record import Record
-    from mindspeed_mm.precision.state_diff import is_record, judge_records, judge_state
+    from mindspeed_mm.precision.comparing.state_diff import is_record, judge_records, judge_state
+    from mindspeed_mm.precision.records.record import Record
 
     if is_record(reference) and is_record(candidate):
         answer(judge_records(Record.open(reference), Record.open(candidate), tolerance), out)
@@ -146,9 +146,9 @@ def env(
     """Show what repeatable numbers depend on here, and refuse what cannot be repeatable."""
     from mindspeed_mm import accelerator
     from mindspeed_mm.checkpoint.commands import new_table, print_table
-    from mindspeed_mm.precision.config_side import Side, understand
-    from mindspeed_mm.precision.config_sources import read_sources
-    from mindspeed_mm.precision.environment import judge_environment
+    from mindspeed_mm.precision.settings.config_side import Side, understand
+    from mindspeed_mm.precision.settings.config_sources import read_sources
+    from mindspeed_mm.precision.settings.environment import judge_environment
 
     side = understand(read_sources(run)) if run else Side()
     limits: list[str] = []
@@ -209,7 +209,7 @@ def export_msprobe(
 ) -> None:
     """Write a record as msprobe would have dumped it, for its graph viewer."""
     from mindspeed_mm.precision import msprobe
-    from mindspeed_mm.precision.record import Record
+    from mindspeed_mm.precision.records.record import Record
 
     print(f"wrote {msprobe.export_msprobe(Record.open(record), out)} steps to {out}")
 

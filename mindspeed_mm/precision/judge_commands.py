@@ -30,9 +30,9 @@ class Replayed(str, Enum):
 @app.command("compare")
 def compare_command(reference: _Reference, candidate: _Candidate, band: _Band = None, out: _Out = None) -> None:
     """Name the first place where a run leaves its reference: phase, module, step, evidence, what to do next."""
-    from mindspeed_mm.precision.band import Band
-    from mindspeed_mm.precision.compare import compare
-    from mindspeed_mm.precision.record import Record
+    from mindspeed_mm.precision.comparing.band import Band
+    from mindspeed_mm.precision.comparing.compare import compare
+    from mindspeed_mm.precision.records.record import Record
 
     measured = Band.read(band) if band else None
     answer(compare(Record.open(reference), Record.open(candidate), measured), out)
@@ -44,8 +44,8 @@ def band_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("band.json"),
 ) -> None:
     """Measure how far runs of the reference lie apart that differ by rounding noise only (--precision-perturb)."""
-    from mindspeed_mm.precision.band import Band
-    from mindspeed_mm.precision.record import Record
+    from mindspeed_mm.precision.comparing.band import Band
+    from mindspeed_mm.precision.records.record import Record
 
     band = Band.measure([Record.open(folder) for folder in records])
     band.write(output)
@@ -62,8 +62,8 @@ def replay_command(
     out: _Out = None,
 ) -> None:
     """Compute a module, the optimizer's step or the loss from what the reference had, and compare the results."""
-    from mindspeed_mm.precision import replays
-    from mindspeed_mm.precision.record import Record
+    from mindspeed_mm.precision.comparing import replays
+    from mindspeed_mm.precision.records.record import Record
 
     ours, theirs = Record.open(reference), Record.open(candidate)
     if what is Replayed.optimizer:
@@ -84,8 +84,8 @@ def invariants_command(
     run: Annotated[Path, typer.Argument(help="A record, or the --save folder that holds it.")], out: _Out = None
 ) -> None:
     """Check what holds in any run: reduced = sum of local gradients, replicas equal, clipping global. No reference."""
-    from mindspeed_mm.precision.invariants import invariants
-    from mindspeed_mm.precision.record import Record
+    from mindspeed_mm.precision.comparing.invariants import invariants
+    from mindspeed_mm.precision.records.record import Record
 
     answer(invariants(Record.open(run)), out)
 
@@ -93,7 +93,7 @@ def invariants_command(
 @app.command("lr0")
 def lr0_command(reference: _Reference, candidate: _Candidate, out: _Out = None) -> None:
     """Compare two runs of --precision-mode lr0: rounding averages out over the steps, a bias stays."""
-    from mindspeed_mm.precision.lr0 import compare_lr0, read_lr0
+    from mindspeed_mm.precision.comparing.lr0 import compare_lr0, read_lr0
 
     answer(compare_lr0(read_lr0(reference, candidate)), out)
 
@@ -108,8 +108,8 @@ def doctor_command(
     out: _Out = None,
 ) -> None:
     """Go through the documented runbook, stop at the first stage that fails, say why and what to do."""
-    from mindspeed_mm.precision.band import Band
-    from mindspeed_mm.precision.doctor import Folders, doctor
+    from mindspeed_mm.precision.comparing.band import Band
+    from mindspeed_mm.precision.comparing.doctor import Folders, doctor
 
     verdict, stages = doctor(Folders(reference, candidate, Band.read(band) if band else None, lr0), min_steps)
     for stage in stages:
@@ -123,7 +123,7 @@ def selftest_command(
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute under autocast.")] = False,
 ) -> None:
     """Put known faults into a tiny model and check that compare finds them, and nothing where nothing is."""
-    from mindspeed_mm.precision.selftest import selftest
+    from mindspeed_mm.precision.selftest.faults import selftest
 
     results = []
     for result in selftest(bf16, faults):

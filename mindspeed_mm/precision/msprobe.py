@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.precision.record import Key, RankStep, Record, RecordWriter, StepRecord
-from mindspeed_mm.precision.sketch import SIZE, Sketch
+from mindspeed_mm.precision.records.record import Key, RankStep, Record, RecordWriter, StepRecord
+from mindspeed_mm.precision.records.sketch import SIZE, Sketch
 
 _NAME = re.compile(
     r"Module\.(?P<site>.+)\.(?P<kind>\w+)\.(?P<what>forward|backward|parameters_grad)(?:\.(?P<call>\d+))?$"

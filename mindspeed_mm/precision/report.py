@@ -11,15 +11,15 @@ from typing import Any
 
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.extras import import_extra
-from mindspeed_mm.precision.config_diff import DIFFERENT, Row, judge, rows
-from mindspeed_mm.precision.config_side import understand
-from mindspeed_mm.precision.config_sources import read_sources
-from mindspeed_mm.precision.criteria import Criterion, judge_curves
-from mindspeed_mm.precision.curve_plot import draw
-from mindspeed_mm.precision.curves import read_curve
-from mindspeed_mm.precision.data_diff import judge_data, placed
+from mindspeed_mm.precision.comparing.data_diff import judge_data, placed
+from mindspeed_mm.precision.curves.criteria import Criterion, judge_curves
+from mindspeed_mm.precision.curves.curve_plot import draw
+from mindspeed_mm.precision.curves.curves import read_curve
 from mindspeed_mm.precision.finding import NAME, Finding, Measurement, Verdict
-from mindspeed_mm.precision.record import Record
+from mindspeed_mm.precision.records.record import Record
+from mindspeed_mm.precision.settings.config_diff import DIFFERENT, Row, judge, rows
+from mindspeed_mm.precision.settings.config_side import understand
+from mindspeed_mm.precision.settings.config_sources import read_sources
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 _ENVIRONMENT = ("versions", "device", "backend", "world_size", "git", "environment", "determinism", "command")
@@ -128,7 +128,7 @@ def _records(report: Report, reference: Path, candidate: Path) -> None:
     report.tree = ours.step(ours.steps[0]).tree
     report.verdicts.append(judge_data(placed(ours), placed(theirs)))
     if not any(verdict.check == "compare" for verdict in report.verdicts):
-        from mindspeed_mm.precision.compare import compare
+        from mindspeed_mm.precision.comparing.compare import compare
 
         report.verdicts.append(compare(ours, theirs))
 

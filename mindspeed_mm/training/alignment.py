@@ -13,15 +13,15 @@ from mindspeed_mm.arguments import road_of
 from mindspeed_mm.checkpoint.coordination import run_together
 from mindspeed_mm.distributed.state import loader_group, print_rank_0
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.precision.anomaly import AnomalyRing, read_anomaly_plan
-from mindspeed_mm.precision.capture import Capture
-from mindspeed_mm.precision.frozen_weights import FrozenWeights
-from mindspeed_mm.precision.local_norm import LocalNorms
-from mindspeed_mm.precision.perturb import Perturbation
-from mindspeed_mm.precision.plan import read_plan
-from mindspeed_mm.precision.record import RecordWriter
-from mindspeed_mm.precision.sites import innermost
-from mindspeed_mm.precision.view import ModelView, PlainView
+from mindspeed_mm.precision.recording.anomaly import AnomalyRing, read_anomaly_plan
+from mindspeed_mm.precision.recording.capture import Capture
+from mindspeed_mm.precision.recording.frozen_weights import FrozenWeights
+from mindspeed_mm.precision.recording.local_norm import LocalNorms
+from mindspeed_mm.precision.recording.perturb import Perturbation
+from mindspeed_mm.precision.recording.plan import read_plan
+from mindspeed_mm.precision.recording.sites import innermost
+from mindspeed_mm.precision.recording.view import ModelView, PlainView
+from mindspeed_mm.precision.records.record import RecordWriter
 from mindspeed_mm.training.loop import Trainer
 from mindspeed_mm.training.reporting import StepRecord
 from mindspeed_mm.training.step_feed import StepFeed, TakenBatch
@@ -72,7 +72,7 @@ def attach(args: Namespace, trainer: Trainer, manifest: dict[str, Any]) -> None:
 def _view(args: Namespace, engine: Any) -> ModelView:
     if road_of(args) == "fsdp2":
         return PlainView(engine.module)
-    from mindspeed_mm.precision.megatron.view import MegatronView
+    from mindspeed_mm.precision.recording.megatron.view import MegatronView
 
     return MegatronView(engine.module, engine.mains, engine.group_names)
 
@@ -114,7 +114,7 @@ class NormWatcher:
 
 
 class CaptureWatcher:
-    """Brings the steps of the loop to a :class:`~mindspeed_mm.precision.capture.Capture`.
+    """Brings the steps of the loop to a :class:`~mindspeed_mm.precision.recording.capture.Capture`.
 
     Args:
         capture: it.
@@ -149,7 +149,7 @@ class CaptureWatcher:
 
 
 class AnomalyWatcher:
-    """Brings the steps of the loop to an :class:`~mindspeed_mm.precision.anomaly.AnomalyRing`."""
+    """Brings the steps of the loop to an :class:`~mindspeed_mm.precision.recording.anomaly.AnomalyRing`."""
 
     def __init__(self, ring: AnomalyRing, feed: StepFeed) -> None:
         self._ring = ring

@@ -89,8 +89,8 @@ def describe_run(args: Namespace, groups: Sequence[ParameterGroup]) -> dict[str,
 def describe_effective(args: Namespace, engine: Engine, schedule: Schedule) -> dict[str, Any]:
     """Return what is really in force, read from the objects that are about to train.
 
-    Beside what :func:`mindspeed_mm.precision.effective.effective_values` reads: ``learning_rates`` by the number of
-    iterations done, the first 20 and up to 100 others, and how losses and gradients are combined.
+    Beside what :func:`mindspeed_mm.precision.recording.effective.effective_values` reads: ``learning_rates`` by the
+    number of iterations done, the first 20 and up to 100 others, and how losses and gradients are combined.
     """
     last = args.train_iters or 0
     steps = sorted({*range(min(last, 20) + 1), *range(0, last, last // 100 + 1)})
@@ -104,10 +104,10 @@ def describe_effective(args: Namespace, engine: Engine, schedule: Schedule) -> d
 
 def _effective_values(args: Namespace, engine: Any) -> dict[str, Any]:
     if road_of(args) == "fsdp2":
-        from mindspeed_mm.precision import effective
+        from mindspeed_mm.precision.recording import effective
 
         return effective.effective_values(engine.module, engine.optimizer)
-    from mindspeed_mm.precision.megatron import effective as of_megatron
+    from mindspeed_mm.precision.recording.megatron import effective as of_megatron
 
     return of_megatron.effective_values(engine.module, engine.mains, engine.optimizer, engine.group_names)
 

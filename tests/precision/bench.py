@@ -11,7 +11,7 @@ from typing import Any
 from unittest import mock
 
 from mindspeed_mm.precision.finding import Finding
-from mindspeed_mm.precision.record import Record
+from mindspeed_mm.precision.records.record import Record
 from tests.precision.faults import FAULTS, Fault
 from tests.precision.more_faults import MORE
 from tests.ranks import RankPool

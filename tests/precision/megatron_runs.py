@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 
-from mindspeed_mm.precision.record import Record
+from mindspeed_mm.precision.records.record import Record
 from tests.data.tiny import save_tiny_processor
 from tests.precision.bench import train_here
 from tests.precision.faults import wrap_forward

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mindspeed_mm.precision.record import Key, Record
-from mindspeed_mm.precision.sketch import distance
+from mindspeed_mm.precision.records.record import Key, Record
+from mindspeed_mm.precision.records.sketch import distance
 from tests.data.tiny import save_digits
 from tests.ranks import RankPool
 from tests.training.job import Job, run_here

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from mindspeed_mm.checkpoint.boxes import range_boxes
-from mindspeed_mm.precision.placement import Placed, box_of
-from mindspeed_mm.precision.pool import StepPool
-from mindspeed_mm.precision.record import Key, RankStep, Record, RecordWriter
-from mindspeed_mm.precision.sketch import Sketch, distance
+from mindspeed_mm.precision.recording.placement import Placed, box_of
+from mindspeed_mm.precision.recording.pool import StepPool
+from mindspeed_mm.precision.records.record import Key, RankStep, Record, RecordWriter
+from mindspeed_mm.precision.records.sketch import Sketch, distance
 
 WEIGHT = Key("weights", "w", "parameter")
 LOCAL = Key("grad_local", "w", "gradient")

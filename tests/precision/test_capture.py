@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.precision.batch import read_batch
-from mindspeed_mm.precision.hooks import ModuleHooks
-from mindspeed_mm.precision.plan import read_plan
-from mindspeed_mm.precision.pool import StepPool
-from mindspeed_mm.precision.record import Key, RankStep, Record, RecordWriter
-from mindspeed_mm.precision.rows import BatchRows
-from mindspeed_mm.precision.sketch import distance
+from mindspeed_mm.precision.recording.batch import read_batch
+from mindspeed_mm.precision.recording.hooks import ModuleHooks
+from mindspeed_mm.precision.recording.plan import read_plan
+from mindspeed_mm.precision.recording.pool import StepPool
+from mindspeed_mm.precision.recording.rows import BatchRows
+from mindspeed_mm.precision.records.record import Key, RankStep, Record, RecordWriter
+from mindspeed_mm.precision.records.sketch import distance
 from tests.precision.runs import record
 from tests.precision.test_digest import of
 from tests.ranks import RankPool

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mindspeed_mm.precision.band import Band
-from mindspeed_mm.precision.compare import compare
-from mindspeed_mm.precision.doctor import Folders, doctor
-from mindspeed_mm.precision.record import Record
+from mindspeed_mm.precision.comparing.band import Band
+from mindspeed_mm.precision.comparing.compare import compare
+from mindspeed_mm.precision.comparing.doctor import Folders, doctor
+from mindspeed_mm.precision.records.record import Record
 from tests.precision.bench import answers, find, record, save_model
 from tests.precision.faults import FAULTS
 from tests.precision.more_faults import MORE

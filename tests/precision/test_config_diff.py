@@ -12,10 +12,10 @@ import pytest
 
 from mindspeed_mm.arguments import parse_args, validate_args
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.precision.config_diff import DIFFERENT, ONE_SIDE, judge, rows
-from mindspeed_mm.precision.config_keys import keys
-from mindspeed_mm.precision.config_side import Side, understand
-from mindspeed_mm.precision.config_sources import read_sources
+from mindspeed_mm.precision.settings.config_diff import DIFFERENT, ONE_SIDE, judge, rows
+from mindspeed_mm.precision.settings.config_keys import keys
+from mindspeed_mm.precision.settings.config_side import Side, understand
+from mindspeed_mm.precision.settings.config_sources import read_sources
 from mindspeed_mm.training.checkpointing import plain_values
 from tests.precision import golden
 from tests.precision.command import run
@@ -92,7 +92,7 @@ def test_there_are_enough_keys_and_no_name_means_two_things() -> None:
 
 
 def defaults_of_table(system: str) -> dict[str, Any]:
-    from mindspeed_mm.precision.config_values import read_value
+    from mindspeed_mm.precision.settings.config_values import read_value
 
     return {
         name.text: (key, not value if name.inverted else value)
@@ -106,7 +106,7 @@ def defaults_of_table(system: str) -> dict[str, Any]:
 def test_defaults_of_hugging_face_are_those_of_the_installed_version() -> None:
     import transformers
 
-    from mindspeed_mm.precision.config_values import equal, read_value
+    from mindspeed_mm.precision.settings.config_values import equal, read_value
 
     fields = {field.name: field.default for field in dataclasses.fields(transformers.TrainingArguments)}
     checked = 0
@@ -134,7 +134,7 @@ def test_names_and_defaults_of_megatron_are_those_of_the_installed_version() -> 
     from megatron.core.optimizer import OptimizerConfig
     from megatron.core.transformer import TransformerConfig
 
-    from mindspeed_mm.precision.config_values import equal, read_value
+    from mindspeed_mm.precision.settings.config_values import equal, read_value
 
     checked = 0
     for cls in (OptimizerConfig, TransformerConfig):
@@ -199,7 +199,7 @@ def test_contradictions_unknown_names_and_values_from_outside_are_told(tmp_path:
 
 
 def test_effective_values_count_more_than_declared_ones() -> None:
-    from mindspeed_mm.precision.config_sources import Source
+    from mindspeed_mm.precision.settings.config_sources import Source
 
     side = understand([Source("ours", "a", {"adam_eps": 1e-8}), Source("effective", "a", {"eps": 1e-6})])
     assert side.value("eps") == 1e-6

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mindspeed_mm.precision.band import Band
-from mindspeed_mm.precision.compare import compare
-from mindspeed_mm.precision.record import Record
-from mindspeed_mm.precision.selftest_model import Recipe, TinyVLM, train
+from mindspeed_mm.precision.comparing.band import Band
+from mindspeed_mm.precision.comparing.compare import compare
+from mindspeed_mm.precision.records.record import Record
+from mindspeed_mm.precision.selftest.model import Recipe, TinyVLM, train
 from tests.precision.bench import record, save_model
 from tests.precision.more_faults import _optimizer
 from tests.ranks import RankPool

@@ -14,9 +14,9 @@ import pytest
 import scipy.stats
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.precision.criteria import judge_curves
-from mindspeed_mm.precision.curve_statistics import band, one_sidedness, onset
-from mindspeed_mm.precision.curves import Curve, align, read_curve
+from mindspeed_mm.precision.curves.criteria import judge_curves
+from mindspeed_mm.precision.curves.curve_statistics import band, one_sidedness, onset
+from mindspeed_mm.precision.curves.curves import Curve, align, read_curve
 from mindspeed_mm.training.reporting import format_log_line
 from tests.precision.command import run
 

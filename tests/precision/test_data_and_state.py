@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mindspeed_mm.precision.data_diff import Placed, judge_data
-from mindspeed_mm.precision.record import Key, RankStep, RecordWriter, SampleFingerprint
+from mindspeed_mm.precision.comparing.data_diff import Placed, judge_data
+from mindspeed_mm.precision.records.record import Key, RankStep, RecordWriter, SampleFingerprint
 from tests.precision.command import run
 
 PER_STEP = 4

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mindspeed_mm.precision.digest import digest, hashes, mix, unnoticed
-from mindspeed_mm.precision.pool import StepPool
-from mindspeed_mm.precision.record import Key, RankStep, Record, RecordWriter
-from mindspeed_mm.precision.sketch import SIZE, Sketch, distance
+from mindspeed_mm.precision.recording.digest import digest, hashes, mix, unnoticed
+from mindspeed_mm.precision.recording.pool import StepPool
+from mindspeed_mm.precision.records.record import Key, RankStep, Record, RecordWriter
+from mindspeed_mm.precision.records.sketch import SIZE, Sketch, distance
 from tests.ranks import RankPool
 
 KEY = Key("weights", "w", "parameter")

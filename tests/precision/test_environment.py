@@ -10,9 +10,9 @@ import torch
 
 from mindspeed_mm import accelerator
 from mindspeed_mm.accelerator import determinism
-from mindspeed_mm.precision.config_side import Side, understand
-from mindspeed_mm.precision.config_sources import read_sources
-from mindspeed_mm.precision.environment import judge_environment
+from mindspeed_mm.precision.settings.config_side import Side, understand
+from mindspeed_mm.precision.settings.config_sources import read_sources
+from mindspeed_mm.precision.settings.environment import judge_environment
 from tests.precision.command import run
 
 NPU = {

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mindspeed_mm.precision.invariants import invariants
-from mindspeed_mm.precision.record import Key, RankStep, Record, RecordWriter
-from mindspeed_mm.precision.sketch import SIZE, Sketch
+from mindspeed_mm.precision.comparing.invariants import invariants
+from mindspeed_mm.precision.records.record import Key, RankStep, Record, RecordWriter
+from mindspeed_mm.precision.records.sketch import SIZE, Sketch
 
 NAMES = ["a.weight", "b.weight", "b.bias"]
 CLIP = 0.5

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mindspeed_mm.precision.loss_replay import RULES, MicroBatch, explain_loss, logit_gradients
-from mindspeed_mm.precision.record import Record
-from mindspeed_mm.precision.replays import replay_modules
-from mindspeed_mm.precision.selftest import FAULTS
-from mindspeed_mm.precision.selftest_model import Recipe, build, train
+from mindspeed_mm.precision.comparing.replays import replay_modules
+from mindspeed_mm.precision.records.record import Record
+from mindspeed_mm.precision.replaying.loss_replay import RULES, MicroBatch, explain_loss, logit_gradients
+from mindspeed_mm.precision.selftest.faults import FAULTS
+from mindspeed_mm.precision.selftest.model import Recipe, build, train
 from tests.precision.command import run
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mindspeed_mm.precision.lr0 import compare_lr0, read_lr0
-from mindspeed_mm.precision.record import Key, RankStep, RecordWriter
-from mindspeed_mm.precision.sketch import SIZE
+from mindspeed_mm.precision.comparing.lr0 import compare_lr0, read_lr0
+from mindspeed_mm.precision.records.record import Key, RankStep, RecordWriter
+from mindspeed_mm.precision.records.sketch import SIZE
 from tests.precision.test_invariants import sketch
 
 

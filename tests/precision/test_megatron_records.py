@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from mindspeed_mm.precision.compare import compare
-from mindspeed_mm.precision.invariants import invariants
-from mindspeed_mm.precision.record import Record
-from mindspeed_mm.precision.sketch import distance
+from mindspeed_mm.precision.comparing.compare import compare
+from mindspeed_mm.precision.comparing.invariants import invariants
+from mindspeed_mm.precision.records.record import Record
+from mindspeed_mm.precision.records.sketch import distance
 from tests.precision import megatron_runs as runs
 from tests.precision.megatron_runs import CP, EP, PP, SHARDED, SP, TP, Program, make_job, on_megatron, save_model
 from tests.precision.runs import distances, record, worst

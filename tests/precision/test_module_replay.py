@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mindspeed_mm.precision.module_replay import replay_module
-from mindspeed_mm.precision.record import Call
-from mindspeed_mm.precision.selftest_model import WIDTH, Attention, Layer, RMSNorm, Rotary
+from mindspeed_mm.precision.records.record import Call
+from mindspeed_mm.precision.replaying.module_replay import replay_module
+from mindspeed_mm.precision.selftest.model import WIDTH, Attention, Layer, RMSNorm, Rotary
 
 
 def call_of(module: nn.Module, *inputs: Any, dtype: torch.dtype = torch.float32) -> Call:

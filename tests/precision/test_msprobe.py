@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from mindspeed_mm.precision.msprobe import import_msprobe
-from mindspeed_mm.precision.record import Key, RankStep, Record, RecordWriter
-from mindspeed_mm.precision.sketch import Sketch
+from mindspeed_mm.precision.records.record import Key, RankStep, Record, RecordWriter
+from mindspeed_mm.precision.records.sketch import Sketch
 from tests.precision.command import run
 
 
@@ -117,7 +117,7 @@ def test_the_command_says_that_it_is_degraded_and_what_is_no_dump(tmp_path: Path
 
 
 def test_an_imported_reference_is_compared_by_norms(tmp_path: Path) -> None:
-    compare = pytest.importorskip("mindspeed_mm.precision.compare").compare
+    compare = pytest.importorskip("mindspeed_mm.precision.comparing.compare").compare
     for name, scale in (("a", 1.0), ("same", 1.0), ("other", 1.02)):
         dump(tmp_path / f"{name}.dump", scale)
         import_msprobe(tmp_path / f"{name}.dump", tmp_path / name)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mindspeed_mm.precision.optimizer_replay import differences, explain
-from mindspeed_mm.precision.optimizer_rules import ParameterStep, Setting, torch_step
+from mindspeed_mm.precision.replaying.optimizer_replay import differences, explain
+from mindspeed_mm.precision.replaying.optimizer_rules import ParameterStep, Setting, torch_step
 
 SHAPES = {"a.weight": (24, 16), "a.bias": (24,), "b.weight": (16, 24), "b.norm.weight": (16,), "c.bias": (7,)}
 MATRICES = [name for name, shape in SHAPES.items() if len(shape) > 1]

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from mindspeed_mm.precision.record import Record
-from mindspeed_mm.precision.sketch import distance
+from mindspeed_mm.precision.records.record import Record
+from mindspeed_mm.precision.records.sketch import distance
 from tests.precision.runs import distances, record, worst
 from tests.ranks import RankPool
 from tests.training.job import Job

@@ -13,7 +13,7 @@ import torch
 
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.precision.finding import Finding, Measurement, Verdict
-from mindspeed_mm.precision.record import Key, RankStep, RecordWriter
+from mindspeed_mm.precision.records.record import Key, RankStep, RecordWriter
 from mindspeed_mm.precision.report import collect, module_tree, page, read_verdict
 from tests.precision.command import run
 from tests.precision.test_data_and_state import samples

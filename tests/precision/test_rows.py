@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mindspeed_mm.precision.batch import read_batch
-from mindspeed_mm.precision.pool import StepPool
-from mindspeed_mm.precision.record import Key
-from mindspeed_mm.precision.rows import BatchRows
-from mindspeed_mm.precision.sketch import Sketch, distance
+from mindspeed_mm.precision.recording.batch import read_batch
+from mindspeed_mm.precision.recording.pool import StepPool
+from mindspeed_mm.precision.recording.rows import BatchRows
+from mindspeed_mm.precision.records.record import Key
+from mindspeed_mm.precision.records.sketch import Sketch, distance
 
 KEY = Key("forward", "m", "output.0")
 CONFIG = SimpleNamespace(image_token_id=99)

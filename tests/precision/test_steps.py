@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.precision.anomaly import read_anomaly_plan
-from mindspeed_mm.precision.record import Key, Record
-from mindspeed_mm.precision.sketch import distance
+from mindspeed_mm.precision.recording.anomaly import read_anomaly_plan
+from mindspeed_mm.precision.records.record import Key, Record
+from mindspeed_mm.precision.records.sketch import distance
 from tests.precision.runs import record
 from tests.precision.test_recorder import batches
 from tests.ranks import RankPool

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mindspeed_mm.precision.batch import read_batch
-from mindspeed_mm.precision.hooks import ModuleHooks
-from mindspeed_mm.precision.pool import StepPool
-from mindspeed_mm.precision.record import Key, RankStep, Record, RecordWriter
-from mindspeed_mm.precision.rows import BatchRows
-from mindspeed_mm.precision.sketch import distance
+from mindspeed_mm.precision.recording.batch import read_batch
+from mindspeed_mm.precision.recording.hooks import ModuleHooks
+from mindspeed_mm.precision.recording.pool import StepPool
+from mindspeed_mm.precision.recording.rows import BatchRows
+from mindspeed_mm.precision.records.record import Key, RankStep, Record, RecordWriter
+from mindspeed_mm.precision.records.sketch import distance
 from tests.ranks import RankPool
 
 

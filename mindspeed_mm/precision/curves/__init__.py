@@ -1,0 +1,1 @@
+"""Loss and gradient norm over the steps of a run."""

@@ -1,0 +1,1 @@
+"""Watching a run: from its tensors to the entries of a record."""

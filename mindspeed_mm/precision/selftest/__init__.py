@@ -1,0 +1,1 @@
+"""Known faults in a tiny model."""

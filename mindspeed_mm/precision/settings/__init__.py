@@ -1,0 +1,1 @@
+"""What runs are configured with, whatever each system calls it."""
