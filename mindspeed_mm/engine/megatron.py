@@ -128,6 +128,9 @@ class MegatronEngine:
             )
         if not forward_only:
             self.mains.take_gradients()
+            for listener in self.listeners:
+                for share in (value for losses in routers for value in losses.optimised()):
+                    listener.loss(share / self._context, None)
             # DDP has divided by the ranks, or nothing has been divided yet.
             factor = self._divide_by_all(counts) if self.divides_globally else 1.0 / self._replicas
             for listener in self.listeners:

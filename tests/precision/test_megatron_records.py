@@ -155,6 +155,10 @@ def test_four_ranks(layout: str, ranks1: RankPool, ranks4: RankPool, tmp_path: P
 @SLOW
 def test_experts(ranks2: RankPool, ranks4: RankPool, tmp_path: Path) -> None:
     job = make_job(tmp_path, save_model(tmp_path / "hf", "qwen3_vl_moe"), "qwen3_vl_moe")
+    job.model["loss_cfg"] = {"router_aux_loss_coef": 0.5}
+    expected = record(ranks2, job, tmp_path / "fsdp2 with router loss")
+    check(on_megatron(ranks2, job, tmp_path / "ep with router loss", **EP), expected)
+    del job.model["loss_cfg"]
     expected = record(ranks2, job, tmp_path / "fsdp2")
     check(on_megatron(ranks2, job, tmp_path / "ep", **EP), expected)
     check(on_megatron(ranks4, job, tmp_path / "ep x tp", **EP, **SP, expert_tensor_parallel_size=1), expected)

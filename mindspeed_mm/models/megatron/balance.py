@@ -80,6 +80,10 @@ class RouterLosses:
         self._batches.append(MicroBatch(self, weight, counted.flatten()[:, None], tokens, packed_seq_params))
         return self._batches[-1]
 
+    def optimised(self) -> list[Tensor]:
+        """Return what a step optimises of each micro-batch for the layers here, the same on all ranks that share it."""
+        return [batch.value() * (self.coefficient * self.scale * batch.weight) for batch in self._batches]
+
     def take(self) -> list[Tensor]:
         """Return, and forget, the loss of each micro-batch of the step: that of the layers here, a scalar each."""
         batches, self._batches = self._batches, []
