@@ -19,12 +19,14 @@ def noticed_at_once(notice: Callable[[int], None]) -> Iterator[None]:
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=_listen, args=(reader, notice), name="signals", daemon=True).start()
+    thread = threading.Thread(target=_listen, args=(reader, notice), name="signals", daemon=True)
+    thread.start()
     try:
         yield
     finally:
         signal.set_wakeup_fd(before)
         writer.close()
+        thread.join()  # one that is still ending when the interpreter shuts down may abort the process
 
 
 def _listen(reader: socket.socket, notice: Callable[[int], None]) -> None:

@@ -92,7 +92,7 @@ def test_quickstart_passes_only_flags_that_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("folder", FAMILIES)
+@pytest.mark.parametrize("folder", ["examples/qwen3vl", pytest.param("examples/internvl3.5", marks=pytest.mark.slow)])
 def test_tiny_variant_trains_through_the_published_script(folder: str, tmp_path: Path) -> None:
     from tests.data.tiny import save_digits
     from tests.ranks import free_port

@@ -39,7 +39,11 @@ def train_without_flags(folder: str, *flags: str) -> list[str]:
                 found.extend(str(hook) for hook in hooks.values() if "precision" in str(hook))
         imported = {name for name in sys.modules if name.startswith("mindspeed_mm.precision")}
         found.extend(
-            imported - {f"mindspeed_mm.precision{name}" for name in ("", ".effective", ".sites")}
+            imported
+            - {
+                f"mindspeed_mm.precision{name}"
+                for name in ("", ".recording", ".recording.effective", ".recording.sites")
+            }
         )  # the manifest
         return model(**next(iterator)), lambda loss: loss
 

@@ -44,6 +44,7 @@ def epochs(job: Job, monkeypatch: pytest.MonkeyPatch) -> Job:
     return job
 
 
+@pytest.mark.slow
 def test_a_stream_in_a_layout_of_a_plugin_is_packed(
     epochs: Job, ranks1: RankPool, ranks2: RankPool, tmp_path: Path
 ) -> None:

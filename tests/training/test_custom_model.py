@@ -81,6 +81,7 @@ def test_custom_model(ranks2: RankPool, job: Job, yaml: str, model_class: str, m
     assert len(outcome.losses) == steps and falls(outcome.losses, to=0.9), outcome.losses
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_custom_model_under_torchrun_saves_and_resumes(ranks2: RankPool, job: Job) -> None:
     job.yaml = PATTERNS_YAML

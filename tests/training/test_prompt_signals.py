@@ -42,9 +42,9 @@ def test_signals_of_forked_processes_are_their_own() -> None:
             os.waitpid(child, 0)
             os.kill(os.getpid(), signal.SIGUSR2)
             deadline = time.monotonic() + 10
-            while not noticed and time.monotonic() < deadline:
+            while signal.SIGUSR2 not in noticed and time.monotonic() < deadline:
                 time.sleep(0.01)
             time.sleep(0.1)
     finally:
         signal.signal(signal.SIGUSR2, before)
-    assert noticed == [signal.SIGUSR2]
+    assert noticed.count(signal.SIGUSR2) == 1
