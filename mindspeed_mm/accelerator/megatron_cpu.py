@@ -2,8 +2,9 @@
 
 megatron-core asks CUDA for the current device, for streams and for random states, and creates tensors on ``"cuda"``.
 Here the modules that do so are given a stand-in for the name ``torch``: it is torch, but for the few functions that a
-CPU has to answer for. Other names are replaced where a function as a whole is about CUDA. Outside megatron-core's
-modules one thing changes: ``Tensor.cuda()`` returns the tensor, instead of failing.
+CPU has to answer for, and the collectives that NCCL has and gloo has not. Other names are replaced where a function as
+a whole is about CUDA. Outside megatron-core's modules one thing changes: ``Tensor.cuda()`` returns the tensor, instead
+of failing.
 
 Everything replaced is listed in `STAND_INS` and `NAMES` with the line of megatron-core that needs it (0.16.1; 0.12.1
 where that is the only one). What the list does not hold does not run on a CPU: CUDA graphs, TransformerEngine, the
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from mindspeed_mm.accelerator.stand_in import StandIn
 
@@ -26,7 +28,9 @@ _CPU = torch.device("cpu")
 
 STAND_INS: dict[str, frozenset[str]] = {
     # :91, :141: output = torch.empty(..., device=torch.cuda.current_device())
-    "tensor_parallel.mappings": frozenset({"current_device"}),
+    # :150, :193: tokens of experts that are split over ranks, as many from each rank as its router chose. NCCL takes
+    # shares of different sizes; gloo gathers equal ones only, and reduce-scatters none in torch 2.7
+    "tensor_parallel.mappings": frozenset({"current_device", "all_gather", "reduce_scatter"}),
     # :552: grad_input of the linear layers under sequence parallelism; :261, :873: weights when not initialised on CPU
     "tensor_parallel.layers": frozenset({"current_device"}),
     # :235, :237, :238, :422: the tracker of the random states
@@ -43,14 +47,12 @@ STAND_INS: dict[str, frozenset[str]] = {
     "models.common.embeddings.rope_utils": frozenset({"tensor"}),
     # :162: the frequencies, when they were made on the CPU
     "models.common.embeddings.rotary_pos_embedding": frozenset({"current_device"}),
-    # :998: where the auxiliary losses are collected
-    "transformer.moe.moe_utils": frozenset({"zeros"}),
     # :90: weights of the router; :169: the biases of its experts
     "transformer.moe.router": frozenset({"current_device"}),
     # :445, :871: the copies of the splits, on a stream of their own
     "transformer.moe.token_dispatcher": frozenset({"Stream", "current_stream"}),
 }
-"""Modules of megatron-core and what of torch, or of torch.cuda, they use of it."""
+"""Modules of megatron-core and what of torch, torch.cuda or torch.distributed they use of it."""
 
 
 class _Stream:
@@ -76,6 +78,23 @@ CUDA: dict[str, Any] = {
     "get_rng_state": lambda *_: torch.get_rng_state(),
     "manual_seed": torch.manual_seed,
 }
+
+
+def _all_gather(shares: list[torch.Tensor], mine: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """Fill ``shares``, contiguous tensors of any lengths, each from its rank of the group."""
+    shares[dist.get_rank(group)].copy_(mine)
+    for rank, share in enumerate(shares):
+        dist.broadcast(share, group=group, group_src=rank)
+
+
+def _reduce_scatter(mine: torch.Tensor, shares: list[torch.Tensor], group: dist.ProcessGroup) -> None:
+    """Fill ``mine`` with the sum over the group of this rank's one of ``shares``, which may differ in length."""
+    everything = torch.cat(shares)
+    dist.all_reduce(everything, group=group)
+    mine.copy_(everything.split([len(share) for share in shares])[dist.get_rank(group)])
+
+
+COLLECTIVES: dict[str, Any] = {"all_gather": _all_gather, "reduce_scatter": _reduce_scatter}
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -130,9 +149,10 @@ def answer_for_cuda(leave_out: str | None = None) -> None:
     for name in (STAND_INS.keys() | NAMES.keys()) - {leave_out}:
         module = importlib.import_module(f"megatron.core.{name}")
         if names := STAND_INS.get(name):
-            own = {key: _on_cpu(getattr(torch, key)) for key in names - CUDA.keys()}
+            own = {key: _on_cpu(getattr(torch, key)) for key in names - CUDA.keys() - COLLECTIVES.keys()}
             cuda = StandIn(torch.cuda, **{key: CUDA[key] for key in names & CUDA.keys()})
-            vars(module)["torch"] = StandIn(torch, **own, cuda=cuda)
+            distributed = StandIn(dist, **{key: COLLECTIVES[key] for key in names & COLLECTIVES.keys()})
+            vars(module)["torch"] = StandIn(torch, **own, cuda=cuda, distributed=distributed)
         vars(module).update(NAMES.get(name, {}))
     if leave_out != TENSOR_CUDA:
         torch.Tensor.cuda = _stay

@@ -34,6 +34,8 @@ def test_megatron_core_still_asks_cuda(module: str, name: str) -> None:
     """When this fails for the newest release, and the oldest supported one does not need it, delete the entry."""
     if name in megatron_cpu.CUDA:
         assert re.search(rf"torch\.cuda\.{name}\b", source(module))
+    elif name in megatron_cpu.COLLECTIVES:
+        assert re.search(rf"torch\.distributed\.{name}\(", source(module))
     else:  # a factory that is asked for a tensor on CUDA
         calls = re.findall(rf"torch\.{name}\((?:[^()]|\([^()]*\))*\)", source(module))
         assert any("cuda" in call or "pin_memory=True" in call for call in calls)
@@ -42,17 +44,6 @@ def test_megatron_core_still_asks_cuda(module: str, name: str) -> None:
 @pytest.mark.parametrize(("module", "name"), [(m, n) for m, names in megatron_cpu.NAMES.items() for n in names])
 def test_megatron_core_still_has_the_replaced_names(module: str, name: str) -> None:
     assert re.search(rf"\b{name}\(", source(module)) or (OLD and name == "te_general_gemm")
-
-
-def test_transformer_engines_product_is_still_undefined_without_it() -> None:
-    if OLD:
-        pytest.skip("0.12 does not ask for it")
-    code = (
-        "from mindspeed_mm.accelerator.megatron_core import load_megatron_core as load; load(); "
-        "from megatron.core.transformer.moe import moe_utils; moe_utils.te_general_gemm"
-    )
-    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "AttributeError" in outcome.stderr
 
 
 # Small uses of megatron-core, each of which fails when the CPU does not answer for the module beside it.
@@ -94,10 +85,10 @@ def _angles() -> None:
     RotaryEmbedding(8, 1.0, use_cpu_initialization=True, **options)(4)
 
 
-def _aux_losses() -> None:
-    from megatron.core.transformer.moe.moe_utils import save_to_aux_losses_tracker
+def _router() -> None:
+    from megatron.core.transformer.moe.moe_utils import router_gating_linear
 
-    save_to_aux_losses_tracker("loss", torch.zeros(()), 1, 2)
+    router_gating_linear(torch.ones(2, 4), torch.ones(3, 4), None, torch.float32)
 
 
 def _splits() -> None:
@@ -116,10 +107,13 @@ USES: dict[str, Callable[[], None]] = {
     "utils": _buffer,
     "models.common.embeddings.rope_utils": _slices,
     "models.common.embeddings.rotary_pos_embedding": _angles,
-    "transformer.moe.moe_utils": _aux_losses,
+    **({} if OLD else {"transformer.moe.moe_utils": _router}),  # 0.12 does not ask for TransformerEngine's product
     "transformer.moe.token_dispatcher": _splits,
     megatron_cpu.TENSOR_CUDA: _tied,
 }
+
+
+ERRORS = ("CUDA", "AssertionError", "RuntimeError", "AttributeError", "NameError")
 
 
 def use_without(module: str) -> str:
@@ -135,7 +129,7 @@ def use_without(module: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("module", USES)
 def test_without_it_megatron_core_fails(module: str) -> None:
-    assert any(word in use_without(module) for word in ("CUDA", "AssertionError", "RuntimeError", "AttributeError"))
+    assert any(word in use_without(module) for word in ERRORS)
 
 
 def uses_with_all() -> list[str]:
@@ -153,6 +147,74 @@ def uses_with_all() -> list[str]:
 
 def test_with_all_of_them_it_works_and_torch_is_as_it_was(ranks1: RankPool) -> None:
     assert ranks1.run(uses_with_all) == [[]]
+
+
+LENGTHS = [3, 0, 2, 4]
+
+
+def shares(rank: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return rows for all ranks, small integers that add up exactly and differ between the ranks that send them."""
+    return torch.arange(2.0 * sum(LENGTHS)).view(-1, 2).to(dtype) * (rank + 1)
+
+
+def gathered_and_scattered(dtype: torch.dtype, *plain: str) -> list[torch.Tensor]:
+    """Gather and reduce-scatter shares of different lengths, forward and backward; leave the ``plain`` to gloo."""
+    state.initialize(None, state.RankInfo.from_environment(), backend="gloo", timeout=None)
+    load_megatron_core()
+    megatron_cpu.answer_for_cuda()
+    from megatron.core.tensor_parallel import mappings
+
+    for name in plain:
+        vars(mappings.torch.distributed)[name] = getattr(torch.distributed, name)
+    group = torch.distributed.group.WORLD
+    rank, lengths = group.rank(), LENGTHS[: group.size()]
+    rows = shares(rank, dtype)[: sum(lengths)]
+    try:
+        mine = rows[: lengths[rank]].clone().requires_grad_()
+        whole = mappings.gather_from_sequence_parallel_region(mine, group=group, output_split_sizes=lengths)
+        whole.backward(rows)
+        all_rows = rows.clone().requires_grad_()
+        part = mappings.reduce_scatter_to_sequence_parallel_region(all_rows, group=group, input_split_sizes=lengths)
+        part.backward(rows[: lengths[rank]])
+    finally:
+        megatron_cpu.answer_for_cuda()
+    return [whole.detach(), mine.grad, part.detach(), all_rows.grad]
+
+
+def check_shares(answers: list[list[torch.Tensor]], dtype: torch.dtype) -> None:
+    """Compare with the tensors of all ranks put together here."""
+    lengths = LENGTHS[: len(answers)]
+    rows = [shares(rank, dtype)[: sum(lengths)] for rank in range(len(answers))]
+    whole = torch.cat([mine[:length] for mine, length in zip(rows, lengths, strict=True)])
+    parts = sum(rows[1:], rows[0]).split(lengths)
+    for answer, part in zip(answers, parts, strict=True):
+        for found, right in zip(answer, [whole, part, part, whole], strict=True):
+            assert found.dtype == dtype and torch.equal(found, right)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shares_of_different_lengths(ranks2: RankPool, dtype: torch.dtype) -> None:
+    check_shares(ranks2.run(gathered_and_scattered, dtype), dtype)
+
+
+@pytest.mark.slow
+def test_shares_of_different_lengths_of_four_ranks(ranks4: RankPool) -> None:
+    check_shares(ranks4.run(gathered_and_scattered, torch.float64), torch.float64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", megatron_cpu.COLLECTIVES)
+def test_gloo_alone_takes_no_shares_of_different_lengths(name: str) -> None:
+    """When this fails for the oldest release of torch too, delete the collective."""
+    if name == "reduce_scatter" and not version("torch").startswith("2.7."):
+        pytest.skip("only torch 2.7 needs it")
+    # Torch 2.7 gathers for ever.
+    pool = RankPool(2)
+    try:
+        with pytest.raises(AssertionError, match=r"invalid tensor size|not support reduce_scatter|did not answer"):
+            pool.run(gathered_and_scattered, torch.float32, name, timeout=90.0)
+    finally:
+        pool.stop(kill=True)
 
 
 def test_the_import_leaves_the_compiler_out() -> None:

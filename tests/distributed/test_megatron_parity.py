@@ -111,6 +111,10 @@ LAYOUTS: dict[str, Layout] = {
     "tp2-ep2-dp2-sharded": Layout(
         4, {"tensor": 2, "expert": 2, "expert_tensor": 1}, SEQUENCE, sharded=True, family=EXPERTS
     ),
+    # Each expert is split, so its ranks exchange tokens as unevenly as their routers choose.
+    "tp2-ep2-split": Layout(4, {"tensor": 2, "expert": 2}, SEQUENCE, family=EXPERTS, per_token=True),
+    "tp2-ep2-split-sharded": Layout(4, {"tensor": 2, "expert": 2}, SEQUENCE, sharded=True, family=EXPERTS),
+    "tp2-ep2-split-allgather": Layout(4, {"tensor": 2, "expert": 2}, {**SEQUENCE, **ALL_GATHER}, family=EXPERTS),
 }
 
 
