@@ -17,7 +17,7 @@ from mindspeed_mm.distributed import parallel
 from mindspeed_mm.distributed.grad_norm import clip_by_norm, scale_gradients
 from mindspeed_mm.distributed.main_parameters import MainParameters, unwrap
 from mindspeed_mm.distributed.phases import phase
-from mindspeed_mm.distributed.pipeline_messages import keep_messages_apart
+from mindspeed_mm.distributed.pipeline_messages import exchange_in_turn
 from mindspeed_mm.engine.base import ForwardStep, Listener, Report, StepResult
 from mindspeed_mm.engine.loss_result import LossResult, at_least_one, one_if_finite, read_forward, read_loss
 from mindspeed_mm.engine.pipeline_reports import add_router_losses, share_reports
@@ -162,7 +162,7 @@ class MegatronEngine:
 
         chunks: list[Any] = list(self.module)
         if len(chunks) > 1:
-            keep_messages_apart()
+            exchange_in_turn()
         for chunk in chunks:
             config = chunk.config
             config.finalize_model_grads_func = finalize

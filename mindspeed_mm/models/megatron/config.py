@@ -96,7 +96,7 @@ def transformer_config(config: ModelConfig, blueprint: Blueprint, *, transformer
     if not transformer_engine:
         _without_engine(values)
     if shapes["virtual_pipeline_model_parallel_size"]:
-        # Between two stages a batch holds two messages each way, and gloo gives the first to whoever asks first.
+        # Overlapping needs it so, and after a batch the host would wait for the device.
         values["batch_p2p_comm"] = False
     values["moe_router_load_balancing_type"] = "none"  # `balance` computes it
     values["pipeline_dtype"] = values["params_dtype"]
