@@ -58,6 +58,7 @@ def warm_up() -> None:
     tiny.tiny_model(FAMILY)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     "name", [name if row.quick else pytest.param(name, marks=pytest.mark.slow) for name, (_, row) in CASES.items()]
 )

@@ -289,6 +289,7 @@ def matrix(ranks: int, dtype: torch.dtype, ways: list[tuple[bool, bool]]) -> lis
 EVERY_WAY = list(product([False, True], repeat=2))
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_pain_14_gradient_accumulation_with_variable_lengths(
@@ -303,6 +304,7 @@ def test_pain_14_gradient_accumulation_with_variable_lengths(
     check(cases, request.getfixturevalue(f"ranks{ranks}"), folder, tmp_path)
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -316,6 +318,7 @@ def test_pain_14_in_every_way_to_compute_the_loss(
     check(matrix(ranks, dtype, EVERY_WAY), request.getfixturevalue(f"ranks{ranks}"), folder, tmp_path)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_pain_14_a_denominator_of_one_micro_batch_is_caught(
     ranks: int, folder: Callable[[str], str], request: pytest.FixtureRequest, tmp_path: Path

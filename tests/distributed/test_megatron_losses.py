@@ -71,6 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_tiny(FAMILY, tmp_path_factory.mktemp("hf"))
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     "name", [name if row.quick else pytest.param(name, marks=pytest.mark.slow) for name, row in LAYOUTS.items()]
 )

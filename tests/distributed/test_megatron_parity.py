@@ -267,6 +267,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: root / family for family in (DENSE, EXPERTS)}
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     "name", [name if row.quick else pytest.param(name, marks=pytest.mark.slow) for name, row in LAYOUTS.items()]
 )

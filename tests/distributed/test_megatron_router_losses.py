@@ -105,6 +105,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_tiny(EXPERTS, tmp_path_factory.mktemp("hf"), layers=LAYERS)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     "name", [name if row[2].quick else pytest.param(name, marks=pytest.mark.slow) for name, row in CASES.items()]
 )

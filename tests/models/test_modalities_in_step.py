@@ -141,6 +141,7 @@ def test_pain_17_batches_of_different_kinds_keep_ranks_in_step(ranks2: RankPool,
         assert not case.frozen or f": {case.policy}" in found["plan"]
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_step_without_images_has_zero_gradients_for_the_tower(
     request: pytest.FixtureRequest, tmp_path: Path, world_size: int

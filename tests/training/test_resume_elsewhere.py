@@ -30,6 +30,7 @@ def test_a_run_stopped_three_times_with_dropout_is_the_run_without_a_stop(ranks:
 FSDP, HSDP = "auto", 1
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     ("saved_by", "sharding", "loaded_by", "other_sharding"),
     [

@@ -124,6 +124,7 @@ CASES = {
 }
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("name", CASES)
 def test_training_equals_peft_on_the_hugging_face_model(name: str, request: pytest.FixtureRequest) -> None:
     case = CASES[name]
@@ -165,6 +166,7 @@ def write_files(hf_folder: str, folder: Path, sizes: dict[str, int]) -> Tensor:
     return logits
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("sizes", [{}, {"tensor": 2}], ids=["one rank", "TP2"])
 def test_peft_reads_the_files(sizes: dict[str, int], request: pytest.FixtureRequest, tmp_path: Path) -> None:
     pool: RankPool = request.getfixturevalue("ranks2" if sizes else "ranks1")

@@ -136,6 +136,7 @@ def test_two_ranks(ranks2: RankPool, tmp_path: Path, name: str) -> None:
     run(ranks2, tmp_path, *TWO_RANKS[name])
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     ("sizes", "megatron", "loss_type"),
     [
