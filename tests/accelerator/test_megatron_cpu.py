@@ -208,10 +208,9 @@ def test_gloo_alone_takes_no_shares_of_different_lengths(name: str) -> None:
     """When this fails for the oldest release of torch too, delete the collective."""
     if name == "reduce_scatter" and not version("torch").startswith("2.7."):
         pytest.skip("only torch 2.7 needs it")
-    # Torch 2.7 gathers for ever.
     pool = RankPool(2)
     try:
-        with pytest.raises(AssertionError, match=r"invalid tensor size|not support reduce_scatter|did not answer"):
+        with pytest.raises(AssertionError, match=r"invalid tensor size|not support reduce_scatter"):
             pool.run(gathered_and_scattered, torch.float32, name, timeout=90.0)
     finally:
         pool.stop(kill=True)
