@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+_END = b"\0"  # no signal has this number
+
 
 @contextmanager
 def noticed_at_once(notice: Callable[[int], None]) -> Iterator[None]:
@@ -25,13 +27,14 @@ def noticed_at_once(notice: Callable[[int], None]) -> Iterator[None]:
         yield
     finally:
         signal.set_wakeup_fd(before)
-        writer.close()
+        writer.send(_END)  # closing is not enough: forked processes have the socket too
         thread.join()  # one that is still ending when the interpreter shuts down may abort the process
+        writer.close()
 
 
 def _listen(reader: socket.socket, notice: Callable[[int], None]) -> None:
     with reader:
-        while number := reader.recv(1):
+        while (number := reader.recv(1)) != _END:
             notice(number[0])
 
 

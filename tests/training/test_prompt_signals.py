@@ -30,6 +30,16 @@ def test_a_rank_leaves_out_of_a_call_that_waits_for_others() -> None:
     assert "with nothing left to save" in process.stdout.read()
 
 
+def test_it_ends_while_a_forked_process_lives() -> None:
+    with noticed_at_once(lambda number: None):
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+            os._exit(0)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
 def test_signals_of_forked_processes_are_their_own() -> None:
     noticed: list[int] = []
     before = signal.signal(signal.SIGUSR2, lambda *_: None)
