@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mindspeed_mm.precision.selftest.faults import HalfSiLU
 from tests.training.job import Job
 
 LAYERS = "model.language_model.layers"
@@ -103,20 +104,8 @@ def permuted_heads(model: Any) -> None:
         q.bias.copy_(q.bias[order].clone())
 
 
-class _WrongSiLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return F.silu(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return gradient * torch.sigmoid(x)  # the second term of the derivative is missing
-
-
 def activation_backward(model: Any) -> None:
-    layer(model, 1).mlp.act_fn.forward = _WrongSiLU.apply
+    layer(model, 1).mlp.act_fn.forward = HalfSiLU.apply
 
 
 def images_reversed(model: Any) -> None:

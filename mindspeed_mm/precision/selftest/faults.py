@@ -87,7 +87,9 @@ def _heads(model: TinyVLM) -> None:
         q.bias.copy_(q.bias[order].clone())
 
 
-class _HalfSiLU(torch.autograd.Function):
+class HalfSiLU(torch.autograd.Function):
+    """SiLU with one of the two terms of its derivative."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
@@ -99,7 +101,7 @@ class _HalfSiLU(torch.autograd.Function):
 
 
 def _activation(model: TinyVLM) -> None:
-    _layer(1)(model).mlp.act.forward = _HalfSiLU.apply
+    _layer(1)(model).mlp.act.forward = HalfSiLU.apply
 
 
 def _images(model: TinyVLM) -> None:
