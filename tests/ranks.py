@@ -7,7 +7,9 @@ test function after the other. A function is sent by name: it must be at the top
 from __future__ import annotations
 
 import os
+import queue
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -70,17 +72,17 @@ class RankPool:
         """
         if not self._processes:
             self._start()
-        for queue in self._tasks:
-            queue.put((function, args, kwargs))
+        for tasks in self._tasks:
+            tasks.put((function, args, kwargs))
         answers: dict[int, Any] = {}
         failures: list[str] = []
         most_threads = 0
         for _ in range(self.world_size):
             try:
-                rank, ok, value, threads = self._results.get(timeout=timeout if not failures else 5.0)
-            except Exception:  # noqa: BLE001 - queue.Empty: the rank hangs or was killed
+                rank, ok, value, threads = self._answer(timeout if not failures else 5.0)
+            except queue.Empty:
                 exits = [p.exitcode for p in self._processes]
-                failures.append(f"a rank did not answer within {timeout} s; exit codes so far: {exits}")
+                failures.append(f"a rank left, or did not answer within {timeout} s; exit codes so far: {exits}")
                 break
             most_threads = max(most_threads, threads)
             if ok:
@@ -93,6 +95,18 @@ class RankPool:
         if most_threads > _MOST_THREADS:
             self.stop(kill=True)
         return [answers[rank] for rank in range(self.world_size)]
+
+    def _answer(self, timeout: float) -> Any:
+        """Return the next answer; raise ``queue.Empty`` after ``timeout`` seconds, and soon after a rank has left."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            left = any(process.exitcode is not None for process in self._processes)
+            try:
+                return self._results.get(timeout=5.0 if left else 1.0)
+            except queue.Empty:
+                if left:
+                    raise
+        raise queue.Empty
 
     def _start(self) -> None:
         context = mp.get_context("spawn")
@@ -117,11 +131,11 @@ class RankPool:
 
     def stop(self, kill: bool = False) -> None:
         """End the ranks; the next ``run`` starts new ones."""
-        for process, queue in zip(self._processes, getattr(self, "_tasks", []), strict=False):
+        for process, tasks in zip(self._processes, getattr(self, "_tasks", []), strict=False):
             if kill:
                 process.kill()
             else:
-                queue.put(None)
+                tasks.put(None)
         for process in self._processes:
             process.join(timeout=20)
             if process.is_alive():

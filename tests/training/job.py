@@ -15,7 +15,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tests.data.tiny import save_digits, save_tiny_processor, write_jsonl
 
@@ -215,6 +215,19 @@ def torchrun(
     return Outcome(process.returncode, process.stdout, time.time())
 
 
+class _Both(io.TextIOBase):
+    """Writes to two streams."""
+
+    def __init__(self, *streams: TextIO) -> None:
+        self._streams = streams
+
+    def write(self, text: str) -> int:
+        for stream in self._streams:
+            stream.write(text)
+            stream.flush()
+        return len(text)
+
+
 def run_here(command: list[str], folder: Path) -> Outcome:
     """Run a script in this process, for pool ranks: a process group that exists is used.
 
@@ -229,7 +242,8 @@ def run_here(command: list[str], folder: Path) -> Outcome:
         sys.argv = command
         sys.path.insert(0, os.path.dirname(command[0]))
         os.chdir(folder)
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        # What the run says on its way out has to be seen, though a rank of several then leaves without coming back.
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(_Both(output, sys.stderr)):
             runpy.run_path(command[0], run_name="__main__")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(bool(end.code))
