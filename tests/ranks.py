@@ -41,6 +41,7 @@ def _serve(rank: int, world_size: int, port: int, tasks: mp.Queue, results: mp.Q
     import torch
     import torch.distributed as dist
 
+    mp.set_start_method("fork", force=True)  # as in a rank of torchrun's; a spawned process would spawn its workers
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     while (task := tasks.get()) is not None:
