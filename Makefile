@@ -2,7 +2,7 @@
 #
 #   make quickstart    train a small vision-language model on handwritten digits, evaluate it, kill and resume a run
 #   make test          lint and the test suite; what continuous integration runs
-#   make test-unit     the tests that start no other process group
+#   make test-unit     the tests that start no other program
 #   make test-all      also the slow matrices
 #   make test-pinned   the suite on the oldest supported set (torch 2.7.1, megatron-core 0.12.1); 6 GB, on demand
 #   make test-megatron-0.12.1   the Megatron road's tests, slow ones too, in the same environment
@@ -21,7 +21,7 @@ BIN := $(VENV)/bin
 # Tests of one file run in one worker, one after the other; most ranks wait for each other most of the time.
 WORKERS ?= 2
 PYTEST_ARGS ?=
-PYTEST = -m pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+PYTEST = -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 .PHONY: help quickstart test test-unit test-all test-pinned test-megatron-0.12.1 lint clean
 .DELETE_ON_ERROR:

@@ -100,6 +100,7 @@ def test_memory_of_a_cpu_process_is_its_resident_set() -> None:
     assert accelerator.memory_stats()["allocated"] - before > 0.8 * block.numel()
 
 
+@pytest.mark.ranks
 def test_megatron_core_imports_without_dynamo_and_compile_is_put_back() -> None:
     code = (
         "import sys, torch, torch.distributed.fsdp; compiled = torch.compile\n"

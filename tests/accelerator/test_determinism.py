@@ -64,6 +64,7 @@ def test_what_comes_too_late_or_contradicts_is_named(on) -> None:
     assert any(line.startswith("HCCL_DETERMINISTIC=false") for line in accelerator.determinism_limits())
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(("seed", "named"), [(None, True), ("random", True), ("7", False)])
 def test_a_hash_seed_that_is_missing_is_named(seed: str | None, named: bool) -> None:
     code = "from mindspeed_mm.accelerator import numerics; print(numerics.determinism_limits())"

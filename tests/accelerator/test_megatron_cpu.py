@@ -216,6 +216,7 @@ def test_gloo_alone_takes_no_shares_of_different_lengths(name: str) -> None:
         pool.stop(kill=True)
 
 
+@pytest.mark.ranks
 def test_the_import_leaves_the_compiler_out() -> None:
     code = (
         "import sys, torch; from mindspeed_mm import accelerator; before = set(sys.modules); "

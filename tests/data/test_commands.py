@@ -116,6 +116,7 @@ def run_in_silence(words: tuple[object, ...]) -> None:
     run(*words)
 
 
+@pytest.mark.ranks
 def test_a_killed_prepare_goes_on_where_it_was(data_json: Callable[..., Path], tmp_path: Path) -> None:
     path = data_json(save_digits(tmp_path) * 60, cache_samples=True)  # chunks of 15
     words = ("prepare", "--mm-data", path, "--workers", 2)

@@ -86,6 +86,7 @@ def test_tensors_come_back_bit_for_bit(tmp_path: Path) -> None:
     assert torch.equal(prepared.sample(0)["input_ids"], torch.tensor([0]))
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_kill_costs_the_chunks_in_work(processes: int, tmp_path: Path) -> None:
     numbers, folder = Numbers(192, tmp_path / "log", seconds=0.01), tmp_path / "cache"  # chunks of 6

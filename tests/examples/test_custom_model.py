@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = "examples/custom_model"
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     ("script", "config"), [("train.py", "fsdp2_config.yaml"), ("train_hf.py", "fsdp2_config_hf.yaml")]
 )

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from mindspeed_mm.training.prompt_signals import noticed_at_once
 
 _IN_A_LONG_CALL = """
@@ -20,6 +22,7 @@ with ExitWatch(None, None):
 """
 
 
+@pytest.mark.ranks
 def test_a_rank_leaves_out_of_a_call_that_waits_for_others() -> None:
     process = subprocess.Popen([sys.executable, "-c", _IN_A_LONG_CALL], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
