@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+
 from mindspeed_mm.data.quarantine import BadSample
 
 
@@ -14,7 +16,7 @@ def load_image(path: str, where: str, max_pixels: int, min_pixels: int) -> Any:
     """Decode an image to RGB and bring its area between ``min_pixels`` and ``max_pixels``.
 
     The aspect ratio is kept and neighbours are not mixed (nearest), as published for these two keys. EXIF rotation
-    is not applied, as Hugging Face processors do not apply it.
+    is not applied, as Hugging Face processors do not apply it. Of 16 bits a channel the upper 8 are taken.
 
     Args:
         path: absolute path.
@@ -29,7 +31,7 @@ def load_image(path: str, where: str, max_pixels: int, min_pixels: int) -> Any:
         BadSample: not an image, truncated, or so large that decoding it is a risk.
     """
     with _opened(path, where) as file:
-        image = file.convert("RGB")
+        image = _to_rgb(file)
     return bring_between(image, min_pixels, max_pixels)
 
 
@@ -61,6 +63,17 @@ def _size_between(size: tuple[int, int], min_pixels: int, max_pixels: int) -> tu
         return size
     scale = math.sqrt((max_pixels if area > max_pixels else min_pixels) / area)
     return max(1, int(width * scale)), max(1, int(height * scale))
+
+
+def _to_rgb(image: Any) -> Any:
+    """Convert to 8 bits a channel. Pillow would cut wider values off at 255, which makes a 16-bit picture white."""
+    from PIL import Image
+
+    if image.mode in ("I", "F") and image.format != "PNG":
+        raise ValueError(f"its pixels (mode {image.mode}) have no range; save it with 8 or 16 bits a channel")
+    if image.mode.startswith("I"):  # 16 bits, which Pillow before 11 had as I in PNG files
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 @contextmanager

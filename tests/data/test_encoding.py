@@ -145,6 +145,18 @@ def test_image_limits(encoder, pictures):
     assert size(image_min_pixels=48 * 77, image_max_pixels=10**6) == (48, 80)
 
 
+def test_a_picture_of_16_bits_is_not_cut_off_at_8(encoder, tmp_path):
+    shades = np.arange(256, dtype=np.uint16).reshape(16, 16) * 256
+    for name in ("deep.png", "deep.tif"):
+        Image.fromarray(shades + 255).save(tmp_path / name)
+    Image.fromarray((shades >> 8).astype(np.uint8)).save(tmp_path / "plain.png")
+    one, other, plain = (
+        encoder("qwen3_vl").encode(row(conversation(), [str(tmp_path / name)] * 2), "row")["pixel_values"]
+        for name in ("deep.png", "deep.tif", "plain.png")
+    )
+    assert torch.equal(one, plain) and torch.equal(other, plain)
+
+
 @pytest.mark.parametrize("family", [*VISION, "text"])
 def test_tokens_are_counted_without_decoding_a_picture(family, encoder, pictures, tmp_path, monkeypatch):
     for size in ((7, 90), (200, 31)):
