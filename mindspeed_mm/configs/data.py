@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, mod
 
 from mindspeed_mm.configs.base import Config, Count, Fraction, FreeForm, InputPath, Positive, beside_config
 
-PositiveFloat = Annotated[float, Field(gt=0.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 
 def _each_beside_config(value: str, info: ValidationInfo) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from torch.utils.data import ConcatDataset
 
 from mindspeed_mm.data.order import shares_of
+from mindspeed_mm.errors import UserError
 
 
 class MixedDataset(ConcatDataset[Any]):
@@ -28,6 +29,12 @@ class MixedDataset(ConcatDataset[Any]):
         self.parts = list(datasets)
         self._repeat_times, self._weights = repeat_times, weights
         self.shares = shares_of([len(part) for part in datasets], repeat_times, weights)
+        if weights and (never := [n for n, share in enumerate(self.shares) if not share.per_epoch]):
+            number, rows = never[0], sum(share.per_epoch for share in self.shares)
+            raise UserError(
+                f"data.json: dataset_param.basic_parameters.mixture.{number}.weight: {weights[number]:g} beside the "
+                f"others is not one of the {rows} rows of an epoch, so it would never be trained on; raise it"
+            )
 
     @property
     def sizes(self) -> np.ndarray | None:

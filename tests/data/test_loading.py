@@ -254,6 +254,12 @@ def test_a_mixture_of_files(dataset_param, tmp_path):
     dataset = build_mm_dataset(param)
     found = texts(build_mm_dataloader(dataset, {"batch_size": 2}), dataset)
     assert len(found) == 10 and found.count("world, " * 9) == 8
+    sources[0]["weight"] = 0.1
+    with pytest.raises(UserError, match=r"mixture\.0\.weight: 0\.1 beside the others is not one of the 10 rows"):
+        build_mm_dataset(param)
+    sources[0]["weight"] = float("inf")
+    with pytest.raises(UserError, match=r"mixture\[0\]\.weight: "):
+        build_mm_dataset(param)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
