@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.utils.data import default_collate
 
 from mindspeed_mm import accelerator
+from mindspeed_mm.data.cache_key import cache_root
 from mindspeed_mm.data.collators import COLLATORS, OTHER_DATA, PackCollator, PaddingCollator
 from mindspeed_mm.data.conversations import iterate_conversations, read_conversations
 from mindspeed_mm.data.datasets import ConversationDataset
@@ -64,6 +65,7 @@ def build_mm_dataset(dataset_param: Any) -> Any:
     chat_template, may_think = resolve_template(basic.template)
     read = read_document if attr.pretrain else find_format(attr.formatting)
     keep_bad = _keeps_bad(param)
+    embedded = cache_root(basic.cache_dir) / "media"
 
     options = EncodingOptions(
         folder=preprocess.model_name_or_path,
@@ -92,7 +94,7 @@ def build_mm_dataset(dataset_param: Any) -> Any:
     ) -> tuple[Any, RowFiles, SampleCache]:
         files = _files(paths)
         cache = SampleCache(param, options, files.paths, read, folder, max_samples)
-        rows = cache.rows(lambda: read_conversations(files, read, attr, folder, max_samples, keep_bad))
+        rows = cache.rows(lambda: read_conversations(files, read, attr, folder, max_samples, keep_bad, embedded))
         return rows, files, cache
 
     named = basic.val_dataset if isinstance(basic.val_dataset, Mapping) else {"": basic.val_dataset}
@@ -118,7 +120,7 @@ def build_mm_dataset(dataset_param: Any) -> Any:
     if quarantine is not None:
         quarantine.add(bad for dataset in (*train, *valid.values()) for bad in dataset.bad_rows())
     if basic.streaming:
-        rows_of = partial(iterate_conversations, read=read, attr=attr, keep_bad=keep_bad)
+        rows_of = partial(iterate_conversations, read=read, attr=attr, keep_bad=keep_bad, embedded=embedded)
         training: Any = ConversationStream(
             [
                 Source(_files(one.dataset), partial(rows_of, media_folder=folder), int(one.repeat_time), one.weight)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mindspeed_mm.data.formats import Format, FormatError, text
-from mindspeed_mm.data.media import locate
+from mindspeed_mm.data.media import keep, locate
 from mindspeed_mm.data.quarantine import BadSample
 from mindspeed_mm.data.rows import RowFiles, Unreadable
 
@@ -38,6 +38,7 @@ def read_conversations(
     media_folder: str | Path,
     max_samples: int | None = None,
     keep_bad: bool = False,
+    embedded: Path | None = None,
 ) -> datasets.Dataset:
     """Read, check and align the rows of ``files``.
 
@@ -50,6 +51,7 @@ def read_conversations(
         media_folder: paths of images, videos and audio are relative to it and must stay inside it.
         max_samples: keep this many rows from the start; later rows are not read.
         keep_bad: keep a bad row in its place, with its ``problem``.
+        embedded: folder for the images, videos and audio that the rows hold themselves.
 
     Raises:
         UserError: a file cannot be read.
@@ -62,7 +64,7 @@ def read_conversations(
     columns = [("messages", pa.list_(message)), *((name, pa.list_(pa.string())) for name in PLACEHOLDERS)]
     schema = pa.schema([*columns, ("tools", "string"), ("problem", "string"), ("file", "int32"), ("row", "int32")])
 
-    rows = iterate_conversations(files, read, attr, media_folder, max_samples, keep_bad)
+    rows = iterate_conversations(files, read, attr, media_folder, max_samples, keep_bad, embedded=embedded)
     batches = []
     while chunk := list(islice(rows, _BATCH)):
         batches.append(pa.RecordBatch.from_pylist(chunk, schema=schema))
@@ -77,13 +79,14 @@ def iterate_conversations(
     max_samples: int | None = None,
     keep_bad: bool = False,
     skip: int = 0,
+    embedded: Path | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows one by one, without the first ``skip`` of each file; see :func:`read_conversations`."""
     for file, row, value in islice(files.rows(skip), max_samples):
         try:
             if isinstance(value, Unreadable):
                 raise FormatError(value.reason)
-            found = {**_conversation(_read(value, read, attr), attr, media_folder), "problem": None}
+            found = {**_conversation(_read(value, read, attr), attr, media_folder, embedded), "problem": None}
         except FormatError as error:
             if not keep_bad:
                 raise BadSample(files.where(file, row), str(error)) from None
@@ -99,7 +102,8 @@ def _read(row: Mapping[str, Any], read: Format, attr: Any) -> Mapping[str, Any]:
             text(message["content"], f"message {number}: the content")
         for kind in PLACEHOLDERS:
             for file in found.get(kind) or []:
-                text(file, f"a file of {kind!r}")
+                if not isinstance(file, bytes):
+                    text(file, f"a file of {kind!r}")
         return found
     except FormatError:
         raise
@@ -108,7 +112,9 @@ def _read(row: Mapping[str, Any], read: Format, attr: Any) -> Mapping[str, Any]:
         raise FormatError(f"the format {attr.get('formatting')!r} cannot read this row: {problem}") from error
 
 
-def _conversation(found: Mapping[str, Any], attr: Any, media_folder: str | Path) -> dict[str, Any]:
+def _conversation(
+    found: Mapping[str, Any], attr: Any, media_folder: str | Path, embedded: Path | None
+) -> dict[str, Any]:
     messages = [_message(message, number) for number, message in enumerate(found["messages"], start=1)]
     _check_turns([message["role"] for message in messages])
     row: dict[str, Any] = {"messages": messages, "tools": _json_or_none(found.get("tools"))}
@@ -122,7 +128,10 @@ def _conversation(found: Mapping[str, Any], attr: Any, media_folder: str | Path)
             raise FormatError(
                 f"{marks} {placeholder} placeholder(s) in the messages but {place}; write one placeholder for each file"
             )
-        row[kind] = [locate(path, media_folder, kind) for path in files]
+        row[kind] = [
+            keep(file, embedded, kind) if isinstance(file, bytes) else locate(file, media_folder, kind)
+            for file in files
+        ]
     return row
 
 
@@ -138,7 +147,10 @@ def _message(message: Mapping[str, Any], number: int) -> dict[str, Any]:
 
 
 def _json_or_none(value: Any) -> str | None:
-    return None if value is None else json.dumps(value)
+    try:
+        return None if value is None else json.dumps(value)
+    except (TypeError, ValueError) as error:  # a table may hold dates and bytes
+        raise FormatError(f"tools and calls of functions must be JSON values: {error}; found {value!r:.80}") from None
 
 
 _AFTER: dict[str, tuple[str, ...]] = {

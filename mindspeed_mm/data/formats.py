@@ -13,7 +13,8 @@ Format = Callable[[Mapping[str, Any], Any], Mapping[str, Any]]
 
 ``messages``: a list of ``{"role", "content"}``; roles are ``system`` (first, optional), ``user``, ``assistant`` and
 ``tool``. An assistant's message may have ``tool_calls``: a list of ``{"name", "arguments"}``.
-``images``, ``videos``, ``audios``: optional lists of files, one for each placeholder in the contents.
+``images``, ``videos``, ``audios``: optional lists of files, or their content as bytes, one for each placeholder in the
+contents.
 ``tools``: optional list of descriptions of functions, in JSON Schema.
 
 ``attr`` is the object of that name in data.json. A row that cannot be read raises `FormatError`.
@@ -71,7 +72,7 @@ def read_sharegpt(row: Mapping[str, Any], attr: Any) -> dict[str, Any]:
         attr.function_tag: "call",
     }
     roles.pop(None, None)
-    turns = column(row, attr.messages, "messages")
+    turns = _listed(column(row, attr.messages, "messages"))
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise FormatError(f"column {attr.messages!r} must be a list of objects, found {turns!r:.80}")
     messages = _system(row, attr)
@@ -104,7 +105,7 @@ def read_alpaca(row: Mapping[str, Any], attr: Any) -> dict[str, Any]:
         return "" if value is None else text(value, f"column {name!r}")
 
     messages = _system(row, attr)
-    history = row.get(attr.get("history") or "history") or []
+    history = _listed(row.get(attr.get("history") or "history") or [])
     if not isinstance(history, list):
         raise FormatError(f"history must be a list of [question, answer], found {history!r:.80}")
     for pair in history:
@@ -114,8 +115,8 @@ def read_alpaca(row: Mapping[str, Any], attr: Any) -> dict[str, Any]:
         messages.append({"role": "assistant", "content": text(pair[1], "history")})
     question = "\n".join(part for part in (cell("prompt", "instruction"), cell("query", "input")) if part)
     messages.append({"role": "user", "content": question})
-    column(row, attr.get("response") or "output", "response")
-    messages.append({"role": "assistant", "content": cell("response", "output")})
+    name = attr.get("response") or "output"
+    messages.append({"role": "assistant", "content": text(column(row, name, "response"), f"column {name!r}")})
     return {"messages": messages, **_media(row, attr)}
 
 
@@ -126,8 +127,10 @@ def read_document(row: Mapping[str, Any], attr: Any) -> dict[str, Any]:
     return {"messages": [{"role": "document", "content": content}], **_media(row, attr)}
 
 
-def column(row: Mapping[str, Any], name: str, key: str, at: str = "") -> Any:
+def column(row: Mapping[str, Any], name: str | None, key: str, at: str = "") -> Any:
     """Return a column of a row, or say which there are."""
+    if name is None:
+        raise FormatError(f"{at}attr.{key} is null; set it to one of {', '.join(map(repr, row)):.200}")
     if name not in row:
         found = ", ".join(map(repr, row))
         raise FormatError(f"{at}no column {name!r} (attr.{key}); the row has {found:.200}.{did_you_mean(name, row)}")
@@ -151,9 +154,10 @@ def _media(row: Mapping[str, Any], attr: Any) -> dict[str, Any]:
     media: dict[str, Any] = {}
     for key in ("images", "videos", "audios"):
         name = getattr(attr, key)
-        files = (row.get(name) if name else None) or []
-        files = [files] if isinstance(files, str) else files
-        if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+        files = _listed((row.get(name) if name else None) or [])
+        files = [files] if isinstance(files, str | bytes | Mapping) else files
+        files = [_content(file) for file in files] if isinstance(files, list) else files
+        if not isinstance(files, list) or not all(isinstance(file, str | bytes) for file in files):
             raise FormatError(f"column {name!r} must be a list of file names, found {files!r:.80}")
         media[key] = files
     tools = row.get(attr.tools) if attr.tools else None
@@ -162,6 +166,23 @@ def _media(row: Mapping[str, Any], attr: Any) -> dict[str, Any]:
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
         raise FormatError(f"column {attr.tools!r} must be a list of objects, found {tools!r:.80}")
     return {**media, "tools": tools or None}
+
+
+def _content(file: Any) -> Any:
+    """Return what Hugging Face ``datasets`` writes of a file as ``{"bytes", "path"}``: its content, else its name."""
+    if isinstance(file, Mapping) and {"bytes", "path"} >= file.keys():
+        return file.get("bytes") or file.get("path")
+    return file
+
+
+def _listed(value: Any) -> Any:
+    """Return what a table holds as JSON text where a list is meant: of messages, of files."""
+    if isinstance(value, str) and value[:1] + value[-1:] == "[]":
+        try:
+            return json.loads(value)
+        except (RecursionError, ValueError):
+            pass  # the name of a file may look like it
+    return value
 
 
 def _calls(calls: Any, at: str) -> list[dict[str, Any]]:

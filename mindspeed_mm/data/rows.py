@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from glob import glob, has_magic
 from itertools import islice
@@ -32,7 +33,7 @@ class RowFiles:
     """The files of one data set, in order; names a row by its file and its line or number.
 
     Args:
-        paths: files, folders (all data files below them, in the order of their names) and patterns.
+        paths: files, folders (all data files below them that are not hidden, in the order of their names) and patterns.
 
     Raises:
         UserError: a file does not exist, is empty or is of a kind we do not read; names it.
@@ -66,7 +67,9 @@ class RowFiles:
 
 def _expand(path: Path) -> list[Path]:
     if path.is_dir():
-        found = [file for file in path.rglob("*") if file.suffix.lower() in _READERS and file.is_file()]
+        # As with a pattern, what is hidden is none of it: what editors and notebooks put beside a file, say.
+        named = (file for file in path.rglob("*") if not any(p[0] == "." for p in file.relative_to(path).parts))
+        found = [file for file in named if file.suffix.lower() in _READERS and file.is_file()]
         if not found:
             raise UserError(f"{path}: the folder has no data files; expected {', '.join(_READERS)}")
     elif has_magic(str(path)) and not path.exists():
@@ -154,23 +157,15 @@ def _read_csv(path: Path, skip: int) -> Iterator[Row]:
     # The size of a field is checked with the row, not here.
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.reader(file)
+        rows = (row for row in csv.reader(file) if row)  # an empty line is no row
         header = next(rows)
+        if twice := [name for name, count in Counter(header).items() if count > 1]:
+            raise UserError(f"{path}: the header names column {twice[0]!r} twice; rename one of them")
         for number, row in islice(enumerate(rows, start=1), skip, None):
             if len(row) != len(header):
                 yield number, Unreadable(f"{len(row)} fields, the header names {len(header)} columns")
             else:
-                yield number, {name: _cell(text) for name, text in zip(header, row, strict=True)}
-
-
-def _cell(text: str) -> Any:
-    """Return a list of messages or files, which a CSV file can only hold as JSON text, as such."""
-    if text[:1] + text[-1:] in ("[]", "{}"):
-        try:
-            return json.loads(text)
-        except (RecursionError, ValueError):
-            pass  # text that merely looks like it
-    return text
+                yield number, dict(zip(header, row, strict=True))
 
 
 def _read_parquet(path: Path, skip: int) -> Iterator[Row]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import datetime
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -66,6 +68,8 @@ ROWS = {
     ),
     "messages that are text": ({"messages": "hello"}, r"column 'messages' must be a list of objects, found 'hello'"),
     "a missing column": ({"message": []}, r"no column 'messages' \(attr.messages\).* Did you mean 'message'\?"),
+    "a file name in no encoding": (row("<image>", "x", images=("a\udcff.png",)), r"image 'a\\udcff.png' is not UTF-8"),
+    "a file name that is empty": (row("<image>", "x", images=("",)), r"image '' "),
     "a row that is a list": ([1], r"a row must be a JSON object, found list"),
 }
 
@@ -79,6 +83,38 @@ def test_a_bad_row_is_named_with_file_and_line(name, dataset_param, tmp_path):
     (tmp_path / "data.jsonl").write_text(json.dumps([GOOD, bad]))
     with pytest.raises(UserError, match=r"data\.jsonl: row 2: .*" + problem):
         build_mm_dataset(param)
+
+
+def test_an_answer_that_is_null_is_named(dataset_param):
+    param = dataset_param([{"instruction": "a", "output": "b"}, {"instruction": "a", "output": None}])
+    param["attr"] = {"formatting": "alpaca"}
+    with pytest.raises(UserError, match=r"data\.jsonl:2: column 'output' must be text, found None"):
+        build_mm_dataset(param)
+
+
+def test_a_name_that_is_null_is_named(dataset_param):
+    for key in ("messages", "role_tag", "content_tag"):
+        param = dataset_param([GOOD])
+        param["attr"] = {**param["attr"], key: None}
+        with pytest.raises(UserError, match=rf"attr\.{key} is null; set it to one of "):
+            build_mm_dataset(param)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_tool_with_a_date_is_named(keep, dataset_param, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    tools = [{"name": "f", "since": datetime(2020, 1, 1)}]
+    pq.write_table(pa.Table.from_pylist([{**GOOD, "tools": None}, {**GOOD, "tools": tools}]), tmp_path / "a.parquet")
+    param = dataset_param(dataset=str(tmp_path / "a.parquet"))
+    param["attr"] = {**param["attr"], "tools": "tools"}
+    if keep:
+        param |= {"on_bad_sample": "quarantine", "bad_sample_budget": 1, "quarantine_folder": str(tmp_path)}
+        assert len(build_mm_dataset(param).bad_rows()) == 1
+    else:
+        with pytest.raises(UserError, match=r"a\.parquet: row 2: tools and calls of functions must be JSON values"):
+            build_mm_dataset(param)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +160,7 @@ def mistake_in(loader) -> str:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("kind", ["truncated", "not an image", "a bomb"])
+@pytest.mark.parametrize("kind", ["truncated", "not an image", "a bomb", "numbers"])
 def test_an_image_that_cannot_be_decoded_is_named_by_a_worker_too(kind, workers, dataset_param, tmp_path, monkeypatch):
     param = dataset_param([row("<image>", "x", images=("images/0.png",))])
     file = tmp_path / "images" / "0.png"
@@ -132,11 +168,14 @@ def test_an_image_that_cannot_be_decoded_is_named_by_a_worker_too(kind, workers,
         file.write_bytes(file.read_bytes()[:-60])
     elif kind == "not an image":
         file.write_text("hello")
+    elif kind == "numbers":
+        Image.fromarray(np.linspace(0, 1, 1024, dtype=np.float32).reshape(32, 32)).save(file, format="TIFF")
     else:
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)  # below the 32 x 32 of the picture
     loader = build_mm_dataloader(build_mm_dataset(param), {"num_workers": workers, "batch_size": 1})
     problem = {
         "truncated": "cannot be decoded: .*replace the file",
+        "numbers": r"cannot be decoded: its pixels \(mode F\) have no range",
         "not an image": "is not an image that Pillow can read; replace the file",
         "a bomb": "(has 32x32 pixels, over the limit of 600|exceeds limit of 600 pixels)",
     }[kind]

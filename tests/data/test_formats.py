@@ -63,6 +63,40 @@ def test_every_kind_of_file_gives_the_same_samples(kind, dataset_param, tmp_path
     assert found.where(3) == (f"{folder}/b{kind}:{row}" if kind == ".jsonl" else f"{folder}/b{kind}: row {row}")
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_table_may_hold_the_pictures_themselves(streaming, dataset_param, tmp_path):
+    digits = save_digits(tmp_path)
+    expected = build_mm_dataset(dataset_param(digits))
+    # As Hugging Face's datasets writes a column of images: the content of each, or its name alone.
+    rows = [
+        {**row, "images": [{"bytes": (tmp_path / row["images"][0]).read_bytes(), "path": "0.png"}]} for row in digits
+    ]
+    rows[6]["images"] = [{"bytes": None, "path": "images/6.png"}]
+    write_parquet(tmp_path / "many.parquet", rows[:7])
+    write_parquet(tmp_path / "one.parquet", [{**rows[7], "images": rows[7]["images"][0]}])
+    for _ in range(2):  # the second time all pictures are there
+        source = f"{tmp_path}/many.parquet,{tmp_path}/one.parquet"
+        param = dataset_param(digits, dataset=source, cache_dir=str(tmp_path / "cache"), streaming=streaming)
+        dataset = build_mm_dataset(param)
+        found = [dataset[row] for row in (dataset.once() if streaming else range(8))]
+        assert len(found) == 8 and all(equal(one, other) for one, other in zip(found, expected, strict=True))
+        pictures = [path for path in (tmp_path / "cache" / "media").rglob("*") if path.is_file()]
+        assert len(pictures) == 7
+        pictures[0].write_bytes(b"")  # of a host that has lost power
+    (tmp_path / "file").touch()
+    param = dataset_param(digits, dataset=source, cache_dir=str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"file/.*: the cache of prepared samples cannot be written: .*cache_dir"):
+        build_mm_dataset(param)
+
+
+def test_what_is_hidden_in_a_folder_is_not_read(dataset_param, tmp_path):
+    digits = save_digits(tmp_path)
+    for name in (".ipynb_checkpoints/a.jsonl", "a.jsonl", ".a.jsonl", "b/.cache/a.jsonl"):
+        (tmp_path / "many" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(tmp_path / "many" / name, digits[:2])
+    assert len(build_mm_dataset(dataset_param(digits, dataset=str(tmp_path / "many")))) == 2
+
+
 def test_a_folder_or_pattern_without_files_is_named(dataset_param, tmp_path):
     (tmp_path / "empty").mkdir()
     for source, problem in (("empty", "the folder has no data files"), ("*.jsonlines", "no file fits this pattern")):
@@ -78,9 +112,24 @@ def test_rows_of_tables_that_cannot_be_read_are_named(dataset_param, tmp_path):
     attr = {"formatting": "alpaca"}
     with pytest.raises(UserError, match=r"a\.csv: row 2: 1 fields, the header names 2 columns"):
         build_mm_dataset({**dataset_param(dataset=str(tmp_path / "a.csv")), "attr": attr})
+    (tmp_path / "a.csv").write_text("instruction,output,output\nhello,world,you\n")
+    with pytest.raises(UserError, match=r"a\.csv: the header names column 'output' twice"):
+        build_mm_dataset({**dataset_param(dataset=str(tmp_path / "a.csv")), "attr": attr})
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and then nothing of the kind")
     with pytest.raises(UserError, match=r"a\.parquet: cannot be read as Parquet after row 0"):
         build_mm_dataset(dataset_param(dataset=str(tmp_path / "a.parquet")))
+
+
+def test_cells_are_text_where_text_is_meant(dataset_param, tmp_path):
+    answers = ["[2, 3, 5]", '{"primes": [2]}', "[]", 'a "b", \nc']
+    lines = ["", "instruction,output,history", *(f'list them,"{a.replace(chr(34), chr(34) * 2)}",' for a in answers)]
+    (tmp_path / "a.csv").write_text(
+        "\r\n\r\n".join([*lines, 'x,y,"[[""q"", ""a""]]"', "", ""])
+    )  # empty lines are no rows
+    param = {**dataset_param(family="text", dataset=str(tmp_path / "a.csv")), "attr": {"formatting": "alpaca"}}
+    dataset = build_mm_dataset(param)
+    learnt = [labelled(dataset[n], dataset.encoder.tokenizer) for n in range(len(dataset))]
+    assert learnt == [*(f"{a}<|im_end|>" for a in answers), "a<|im_end|>y<|im_end|>"]
 
 
 def test_plain_text_is_learnt_whole(dataset_param, tmp_path):
