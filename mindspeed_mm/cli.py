@@ -100,8 +100,8 @@ def lora_merge(
 
 
 _MMData = Annotated[Path, typer.Option(help="data.json.")]
-_SeqLength = Annotated[int | None, typer.Option(help="As in training: the longest sample, in tokens.")]
-_Workers = Annotated[int, typer.Option(help="Processes; 0: as many as there are cores.")]
+_SeqLength = Annotated[int | None, typer.Option(min=1, help="As in training: the longest sample, in tokens.")]
+_Workers = Annotated[int, typer.Option(min=0, help="Processes; 0: as many as there are cores.")]
 
 
 @data_app.command("prepare")
@@ -123,7 +123,7 @@ def data_prepare(
 def data_inspect(
     mm_data: _MMData,
     seq_length: _SeqLength = None,
-    samples: Annotated[int, typer.Option(help="How many samples to render.")] = 3,
+    samples: Annotated[int, typer.Option(min=0, help="How many samples to render.")] = 3,
     out: Annotated[Path | None, typer.Option(help="Folder for report.html and the histograms.")] = None,
     workers: _Workers = 0,
     trust_remote_code: _TrustRemoteCode = False,

@@ -59,6 +59,7 @@ def inspect_command(options: Namespace, processes: int, samples: int, out: Path 
     if out is not None:
         for module in ("jinja2", "matplotlib"):  # missing ones are named now, not after an hour of preparing
             import_extra(module, "report", "--out")
+        out.mkdir(parents=True, exist_ok=True)
     console = Console()
     found = {}
     for name, dataset in _data_sets(options).items():
@@ -66,9 +67,8 @@ def inspect_command(options: Namespace, processes: int, samples: int, out: Path 
         found[name] = (summary, list(render_samples(dataset, samples)))
         show(console, name, *found[name])
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         for name, (summary, _) in found.items():
-            (out / f"lengths_{name}.png").write_bytes(length_histogram(summary, name))
+            (out / f"lengths_{name.replace('/', '_')}.png").write_bytes(length_histogram(summary, name))
         (out / "report.html").write_text(page(str(options.mm_data), found), encoding="utf-8")
         print(f"wrote {out / 'report.html'}")
 

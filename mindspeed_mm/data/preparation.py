@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.multiprocessing
+from safetensors import SafetensorError
 
 from mindspeed_mm.data.sample_store import SampleReader, append_sample, write_whole
 from mindspeed_mm.errors import UserError
@@ -89,11 +90,12 @@ class Prepared:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        done = json.loads((folder / _DONE).read_text(encoding="utf-8"))
-        self.table = np.load(folder / "table.npy", mmap_mode="r")
-        self.bad: dict[int, str] = {int(index): reason for index, reason in done["bad"].items()}
-        self.chunk: int = done["chunk"]
-        self.places = np.load(folder / "places.npy", mmap_mode="r") if done["kept"] else None
+        with readable(folder):
+            done = json.loads((folder / _DONE).read_text(encoding="utf-8"))
+            self.table = np.load(folder / "table.npy", mmap_mode="r")
+            self.bad: dict[int, str] = {int(index): reason for index, reason in done["bad"].items()}
+            self.chunk: int = done["chunk"]
+            self.places = np.load(folder / "places.npy", mmap_mode="r") if done["kept"] else None
         self._reader = SampleReader()
 
     def column(self, name: str) -> np.ndarray:
@@ -105,7 +107,8 @@ class Prepared:
         if self.places is None or index in self.bad:
             return None
         offset, length = self.places[index].tolist()
-        return self._reader.read(self.folder / _SAMPLES / f"{index // self.chunk:06d}", offset, length)
+        with readable(self.folder):
+            return self._reader.read(self.folder / _SAMPLES / f"{index // self.chunk:06d}", offset, length)
 
 
 def is_prepared(folder: Path) -> bool:
@@ -160,6 +163,17 @@ def writable(folder: Path) -> Iterator[None]:
         raise UserError(
             f"{folder}: the cache of prepared samples cannot be written: {error}; make room, or set "
             "basic_parameters.cache_dir in data.json to another folder"
+        ) from error
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Make what keeps a finished folder from being read a UserError: its files are whole unless the disk lost them."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(
+            f"{folder}: the cache of prepared samples is damaged: {error}; delete the folder, it will be prepared again"
         ) from error
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mindspeed_mm.data.cache_key import cache_root, describe_samples, key_of
 from mindspeed_mm.data.conversations import PLACEHOLDERS
 from mindspeed_mm.data.encoding import EncodingOptions
-from mindspeed_mm.data.preparation import Prepared, Report, Source, is_prepared, prepare, writable
+from mindspeed_mm.data.preparation import Prepared, Report, Source, is_prepared, prepare, readable, writable
 from mindspeed_mm.data.sample_store import write_whole
 from mindspeed_mm.distributed.state import print_rank_0
 
@@ -87,7 +87,8 @@ class SampleCache:
 
         if not self.root.is_dir() or not (path := self.folder / _ROWS).exists():
             return read()
-        rows = datasets.Dataset.from_file(str(path))
+        with readable(self.folder):
+            rows = datasets.Dataset.from_file(str(path))
         return read() if rows.data.column("problem").null_count < len(rows) else rows
 
     def prepared(self) -> Prepared | None:

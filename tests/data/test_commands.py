@@ -166,6 +166,17 @@ def test_kept_samples_are_used_without_the_pictures(data_json: Callable[..., Pat
     assert torch.equal(next(iter(again))["pixel_values"], expected[0]["pixel_values"])
 
 
+@pytest.mark.parametrize("name", ["done.json", "table.npy", "rows.arrow", "samples/000001"])
+def test_a_cache_that_the_disk_has_damaged_is_named(name: str, data_json: Callable[..., Path], tmp_path: Path) -> None:
+    path = data_json(cache_samples=True)
+    run("prepare", "--mm-data", path, "--workers", 1)
+    (folder,) = tmp_path.glob("cache/*")
+    (folder / name).write_bytes((folder / name).read_bytes()[:20])
+    with pytest.raises(UserError, match=rf"{folder}: the cache of prepared samples is damaged: .*delete the folder"):
+        dataset = build_mm_dataset(param_of(path))
+        assert len(dataset.sizes) == 8 and dataset[1]
+
+
 def test_a_picture_that_changes_after_preparing_is_noticed(data_json: Callable[..., Path], tmp_path: Path) -> None:
     path = data_json()
     dataset = build_mm_dataset(param_of(path))
@@ -306,6 +317,16 @@ def test_the_mask_on_the_page_is_the_processors_own(data_json: Callable[..., Pat
         ids, mask = np.ravel(encoded["input_ids"]), np.ravel(encoded["assistant_masks"]).astype(bool)
         assert "".join(p.text for p in rendered.pieces if p.trained) == processor.tokenizer.decode(ids[mask])
         assert rendered.tokens == len(ids) and rendered.targets == mask.sum()
+
+
+def test_odd_options(data_json: Callable[..., Path], tmp_path: Path) -> None:
+    path = data_json(val_dataset={"a/b": str(tmp_path / "data.jsonl")})
+    for option, words in {"--samples": "inspect -1", "--seq-length": "prepare 0", "--workers": "prepare -1"}.items():
+        command, value = words.split()
+        result = CliRunner().invoke(app, ["data", command, "--mm-data", str(path), option, value])
+        assert result.exit_code == 2, result.output
+    run("inspect", "--mm-data", path, "--workers", 1, "--out", tmp_path / "out", "--samples", 0)
+    assert {file.name for file in (tmp_path / "out").glob("*.png")} == {"lengths_train.png", "lengths_valid_a_b.png"}
 
 
 def test_mistakes(tmp_path: Path) -> None:
