@@ -66,7 +66,10 @@ def open_tensors(folder: Path) -> Iterator[tuple[Path, dict[str, Entry], bool]]:
             stored = stack.enter_context(open_weights(folder))
             first_name = {name: names[0] for names in named_tensors(bare) for name in names}
             entries: dict[str, Entry] = {}
-            for step in plan_import(bare, stored, first_name).steps:
+            plan = plan_import(bare, stored, first_name)
+            for key in plan.unexpected:
+                entries[key] = Entry(tuple(stored[key].meta.shape), stored[key].meta.dtype, stored[key].read)
+            for step in plan.steps:
                 for name, tensor in step.outputs.items():
 
                     def read(step=step, name=name) -> torch.Tensor:  # type: ignore[no-untyped-def]

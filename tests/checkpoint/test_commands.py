@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from typer.testing import CliRunner
 
@@ -161,6 +162,12 @@ def test_diff_maps_names_of_hugging_face_folders(tmp_path: Path) -> None:
     assert code == 1 and "model.model.model.norm.weight" in text and "2.500e-01" in text
     code, text = run("diff", tmp_path / "hf", tmp_path / "other")
     assert code == 1 and " model.norm.weight" in text and f"{len(weights) - 1} of {len(weights)}" in text
+    file = tmp_path / "other" / "model.safetensors"
+    save_file({**load_file(file), "stranger.weight": torch.ones(2)}, file, metadata={"format": "pt"})
+    for place in ("hf", "model."):
+        code, text = run("diff", tmp_path / place, tmp_path / "other")
+        (line,) = [line for line in text.splitlines() if "stranger.weight" in line]
+        assert code == 1 and "only in" in line and "other" in line
     with pytest.raises(UserError, match="no tensor name in common"):
         dcp.save({"x": torch.ones(2)}, checkpoint_id=tmp_path / "foreign")
         run("diff", tmp_path / "foreign", tmp_path / "hf")
