@@ -67,19 +67,19 @@ class Quarantine:
         """List those samples that are not listed yet.
 
         Raises:
-            UserError: there are more than the budget allows.
+            UserError: there are more than the budget allows, or the list is damaged.
         """
         new = {(bad.file, bad.row): bad for bad in samples if (bad.file, bad.row) not in self._known}
         if not new:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+", encoding="ascii") as file:
+        with self.path.open("a+", encoding="ascii", errors="surrogateescape") as file:
             fcntl.lockf(file, fcntl.LOCK_EX)  # the only lock that network file systems know
             file.seek(0)
             text = file.read()
             whole = text[: text.rfind("\n") + 1]  # a run that was killed may have left half a line
             file.truncate(len(whole))
-            self._known = {(entry["file"], entry["row"]) for entry in map(json.loads, whole.splitlines())}
+            self._known = set(_entries(self.path, whole))
             new = {key: bad for key, bad in new.items() if key not in self._known}
             file.writelines(
                 json.dumps({"file": bad.file, "row": bad.row, "reason": bad.reason}) + "\n" for bad in new.values()
@@ -91,6 +91,13 @@ class Quarantine:
                 f"{self.path}: {len(self._known)} bad samples are more than dataset_param.bad_sample_budget allows "
                 f"({self._allowed}).{last} Repair the data, or raise the budget."
             )
+
+
+def _entries(path: Path, text: str) -> dict[tuple[Any, Any], dict[str, Any]]:
+    try:
+        return {(entry["file"], entry["row"]): entry for entry in map(json.loads, text.splitlines())}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is no list of bad samples: {error}; repair it, or move it away") from error
 
 
 def start_over(folder: str | Path) -> None:
@@ -108,7 +115,7 @@ def summarise(folder: str | Path) -> str | None:
     path = Path(folder) / QUARANTINE_FILE
     if not path.exists():
         return None
-    entries = {(entry["file"], entry["row"]): entry for entry in map(json.loads, path.open(encoding="ascii"))}
+    entries = _entries(path, path.read_text(encoding="ascii", errors="surrogateescape"))
     new = path.with_suffix(".jsonl.new")
     new.write_text("".join(json.dumps(entries[key]) + "\n" for key in sorted(entries)), encoding="utf-8")
     new.replace(path)

@@ -46,6 +46,16 @@ def test_half_a_line_of_a_killed_run_is_written_anew(tmp_path):
     assert sorted(listed(tmp_path)) == [("a.jsonl", row) for row in (1, 2, 3)]
 
 
+@pytest.mark.parametrize("content", [b"\xff\n", b"[]\n", b'{"file": "a"}\n', b"{\n", b'{"file": [], "row": 1}\n'])
+def test_a_damaged_list_is_named(content, tmp_path):
+    path = tmp_path / "quarantine.jsonl"
+    path.write_bytes(content)
+    for use in (lambda: Quarantine(tmp_path, 9, 9).add([bad(1)]), lambda: summarise(tmp_path)):
+        with pytest.raises(UserError, match=rf"{path} is no list of bad samples: "):
+            use()
+    assert path.read_bytes() == content
+
+
 @pytest.mark.parametrize(
     ("budget", "rows", "limit"), [(2, 10, 2), (0, 10, 0), (0.2, 10, 2), (0.11, 10, 2), (0.0, 10, 0)]
 )
