@@ -97,8 +97,9 @@ def _run(
     checkpointer = _build_checkpointer(args, engine, schedule)
     with phase("loading"):
         args.iteration, args.consumed_train_samples = checkpointer.load()
-    if args.save and not checkpointer.resumes_itself and dist.get_rank() == 0:
-        quarantine.start_over(args.save)
+    bad_samples = _bad_samples_folder(args)
+    if bad_samples and not checkpointer.resumes_itself and dist.get_rank() == 0:
+        quarantine.start_over(bad_samples)
     dist.barrier()  # nobody reads or writes the list of bad samples before
     with phase("preparing the data"):
         train, valid, test = _build_iterators(args, dataset_provider)
@@ -142,11 +143,17 @@ def _run(
             checkpointer.export_hf(args.export_hf)
     trainer.log.close()
     dist.barrier()  # what the others have quarantined is on the list
-    if args.save and dist.get_rank() == 0 and (summary := quarantine.summarise(args.save)):
+    if bad_samples and dist.get_rank() == 0 and (summary := quarantine.summarise(bad_samples)):
         state.print_rank_0(summary)
     if watch:
         watch.stop()
     state.shutdown()
+
+
+def _bad_samples_folder(args: Namespace) -> str | None:
+    """Return where the list of bad samples lies, None if there is none."""
+    param = args.mm.data.dataset_param if getattr(args, "mm_data", None) else None
+    return param.quarantine_folder if param else None
 
 
 def _records_precision(args: Namespace) -> bool:

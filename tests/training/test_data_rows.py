@@ -179,3 +179,9 @@ def test_a_budget_that_is_used_up_ends_the_run(job: Job, ranks1: RankPool, tmp_p
 def test_a_quarantine_needs_a_folder(job: Job, ranks1: RankPool, tmp_path: Path) -> None:
     with_bad_rows(job, tmp_path)
     assert "pass --save, or set dataset_param.quarantine_folder" in run(ranks1, job)[0].error()
+    job.data["dataset_param"]["quarantine_folder"] = str(tmp_path / "list")
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "quarantine.jsonl").write_text('{"file": "of another run", "row": 1, "reason": ""}\n')
+    outcome = run(ranks1, job, train_iters=4)[0]
+    assert "4 bad sample(s) were left out (4 of train.jsonl)" in outcome.text
+    assert len(listed(tmp_path / "list")) == 4 and (tmp_path / "list" / "quarantine.jsonl.old").exists()
