@@ -218,10 +218,10 @@ def _documented_command(argv: list[str]) -> None:
 
 
 def _guarded(command: Callable[[], object]) -> None:
-    """Run a command; a user's mistake is one message and exit code 1, not a traceback."""
+    """Run a command; a user's mistake or a disk's refusal is one message and exit code 1, not a traceback."""
     try:
         command()
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 

@@ -33,7 +33,7 @@ def list_checkpoints(folder: _Folder) -> None:
         table.add_row(
             path.name,
             f"{datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M:%S}",
-            _size(sum(file.stat().st_size for file in path.iterdir())),
+            _size(sum(file.stat().st_size for file in path.iterdir() if file.is_file())),
             str(known.world_size) if known else "?",
             "" if known is None or known.validation_loss is None else f"{known.validation_loss:.6g}",
             "; ".join([*(["newest"] if path.name == newest else []), *_remarks(condition)]),
@@ -200,4 +200,5 @@ def print_table(table: Any) -> None:
     from rich.console import Console
 
     # Into a file or a pipe a line is never folded: it is for other programs.
-    Console(width=None if sys.stdout.isatty() else 500).print(table)
+    # Names and values are what they are: "[/a]" in a path is no markup.
+    Console(width=None if sys.stdout.isatty() else 500, markup=False, emoji=False).print(table)

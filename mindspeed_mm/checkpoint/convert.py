@@ -20,6 +20,7 @@ from mindspeed_mm.checkpoint.hf_export import write_hf_folder
 from mindspeed_mm.checkpoint.hf_folder import FileTensor, open_weights
 from mindspeed_mm.checkpoint.hf_import import check_import
 from mindspeed_mm.checkpoint.hf_layout import ImportStep, plan_import, skeleton
+from mindspeed_mm.checkpoint.integrity import check_whole
 from mindspeed_mm.checkpoint.optimizer_state import PREFIX
 from mindspeed_mm.checkpoint.publish import RELEASE, find, publish, publish_copy
 from mindspeed_mm.checkpoint.store import MODEL, write_part
@@ -49,9 +50,11 @@ def copy_checkpoint(source_dir: str | Path, target_dir: str | Path) -> Path:
     """Copy the newest checkpoint of a folder into another, and make it the newest one there.
 
     Raises:
-        UserError: there is no checkpoint, or ``target_dir`` has one of that name.
+        UserError: there is no checkpoint, it is damaged, or ``target_dir`` has one of that name.
     """
-    return publish_copy(find(source_dir), Path(target_dir))
+    source = find(source_dir)
+    check_whole(source)
+    return publish_copy(source, Path(target_dir))
 
 
 def dcp_to_hf(
@@ -74,11 +77,12 @@ def dcp_to_hf(
             and are taken as they are.
 
     Raises:
-        UserError: there is no checkpoint, or it does not hold the weights of that model.
+        UserError: there is no checkpoint, it is damaged, or it does not hold the weights of that model.
     """
     path = find(load_dir)
     if (path / ADAPTER_CONFIG).is_file():
         raise UserError(f"{path} holds adapters (LoRA): use mindspeed-mm convert lora-merge --adapter {path}")
+    check_whole(path)
     reader = TensorReader(path)
     saved = {k: v for k, v in reader.metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
     bare = model_skeleton(Path(model_assets_dir), trust_remote_code)

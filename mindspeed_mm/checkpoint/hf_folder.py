@@ -123,9 +123,9 @@ def _weight_files(folder: Path) -> list[Path]:
         )
     try:
         names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+        absent = [name for name in names if not (folder / name).is_file()]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{folder / INDEX} is not a safetensors index ({error})") from error
-    absent = [name for name in names if not (folder / name).is_file()]
     if absent:
         raise UserError(f"{folder} lacks {len(absent)} of the {len(names)} files in its index:\n{listing(absent)}")
     return [folder / name for name in names]

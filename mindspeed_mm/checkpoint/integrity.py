@@ -8,9 +8,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 from mindspeed_mm.checkpoint import manifest as manifests
-from mindspeed_mm.checkpoint.coordination import gather, group_position
+from mindspeed_mm.checkpoint.coordination import condense, gather, group_position
 from mindspeed_mm.checkpoint.manifest import Manifest
+from mindspeed_mm.checkpoint.tensor_index import NAME as INDEX
 from mindspeed_mm.checkpoint.tensor_index import read_index
+from mindspeed_mm.checkpoint.tensors import listing
 from mindspeed_mm.errors import UserError
 
 
@@ -76,15 +78,26 @@ def inspect(
     return Condition(manifest, found, unlisted)
 
 
+def check_whole(path: Path) -> None:
+    """Check every file of a checkpoint that is about to be converted, in one process.
+
+    Raises:
+        UserError: it is damaged; names the files.
+    """
+    if not (condition := inspect(path)).good:
+        raise UserError(f"{path} is damaged and is not converted:\n{listing(condition.problems)}")
+
+
 def _unsealed(path: Path) -> list[str]:
+    needed: dict[str, int] = {}
     try:
-        index = read_index(path)
+        for place in (read_index(path).storage_data or {}).values():
+            needed[place.relative_path] = max(needed.get(place.relative_path, 0), place.offset + place.length)
+        sizes = {name: (path / name).stat().st_size if (path / name).is_file() else None for name in sorted(needed)}
     except UserError as error:
         return [str(error)]
-    needed: dict[str, int] = {}
-    for place in (index.storage_data or {}).values():
-        needed[place.relative_path] = max(needed.get(place.relative_path, 0), place.offset + place.length)
-    sizes = {name: (path / name).stat().st_size if (path / name).is_file() else None for name in sorted(needed)}
+    except (AttributeError, TypeError, ValueError) as error:  # a flipped bit can make an index of odd values
+        return [f"{INDEX} is damaged: {condense(error)}"]
     return [
         f"{name} is missing" if size is None else f"{name} has {size} bytes, {needed[name]} were saved"
         for name, size in sizes.items()

@@ -13,7 +13,8 @@ from torch import nn
 from mindspeed_mm.checkpoint.adapters import ADAPTER_CONFIG, ADAPTER_NAME, ADAPTER_PREFIX, ADAPTER_WEIGHTS, name_on_disk
 from mindspeed_mm.checkpoint.convert import model_skeleton, open_model
 from mindspeed_mm.checkpoint.hf_export import write_hf_folder
-from mindspeed_mm.checkpoint.publish import TRACKER, find
+from mindspeed_mm.checkpoint.integrity import check_whole
+from mindspeed_mm.checkpoint.publish import TRACKER, find, is_checkpoint
 from mindspeed_mm.checkpoint.tensors import adapted_layers, listing, named_tensors
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.extras import import_extra
@@ -48,6 +49,8 @@ def lora_merge(
         adapter = find(adapter)
     if not (adapter / ADAPTER_CONFIG).is_file() or not (adapter / ADAPTER_WEIGHTS).is_file():
         raise UserError(f"{adapter}: no adapters there: {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} are needed")
+    if is_checkpoint(adapter):
+        check_whole(adapter)
     saved = {key.removeprefix(ADAPTER_PREFIX): value for key, value in load_file(adapter / ADAPTER_WEIGHTS).items()}
     if other := [name for name in saved if not name.endswith(_FACTORS)]:
         raise UserError(f"{adapter} has more than plain LoRA, use peft's merge_and_unload:\n{listing(other)}")

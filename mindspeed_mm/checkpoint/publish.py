@@ -35,7 +35,7 @@ def folder_name(iteration: int) -> str:
 def iteration_of(folder: Path) -> int | None:
     """Return the iteration in a checkpoint folder's name, or None for ``release`` and anything else."""
     digits = folder.name.removeprefix("iter_")
-    return int(digits) if folder.name.startswith("iter_") and digits.isdigit() else None
+    return int(digits) if folder.name.startswith("iter_") and digits.isascii() and digits.isdigit() else None
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -178,7 +178,7 @@ def read_tracker(load_dir: Path) -> str:
     tracker = load_dir / TRACKER
     if not tracker.is_file():
         raise UserError(f"--load {load_dir}: no checkpoint: there is no {TRACKER}. {_hint(load_dir)}")
-    text = tracker.read_text().strip()
+    text = tracker.read_bytes().decode("ascii", "replace").strip()
     if text == RELEASE:
         return RELEASE
     if not text.isdigit():

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem, WriteItem
 
-from mindspeed_mm.checkpoint.coordination import gather
+from mindspeed_mm.checkpoint.coordination import condense, gather
 from mindspeed_mm.checkpoint.digest import add, digest, times
 from mindspeed_mm.checkpoint.tensor_index import read_index
 from mindspeed_mm.checkpoint.tensors import local_blocks
@@ -61,9 +62,16 @@ class TensorReader(dcp.FileSystemReader):
         return self.metadata
 
     def read(self, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None = None) -> None:
-        """Fill ``tensors`` in place, casting to their dtypes."""
-        with _one_process_is_fine():
-            dcp.load(tensors, storage_reader=self, planner=_TensorPlanner(), process_group=group)
+        """Fill ``tensors`` in place, casting to their dtypes. With a group, a collective.
+
+        Raises:
+            UserError: a file is missing or damaged; raised on all ranks.
+        """
+        try:
+            with _one_process_is_fine():
+                dcp.load(tensors, storage_reader=self, planner=_TensorPlanner(), process_group=group)
+        except CheckpointException as error:  # a BaseException, which would pass as none of the user's
+            raise UserError(f"cannot read {self.path}: {condense(error)}") from error
 
 
 class _TensorPlanner(dcp.DefaultLoadPlanner):

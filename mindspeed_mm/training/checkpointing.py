@@ -18,7 +18,7 @@ from mindspeed_mm.checkpoint.background import HostCopy
 from mindspeed_mm.checkpoint.coordination import gather, run_together
 from mindspeed_mm.checkpoint.hf_export import export_hf
 from mindspeed_mm.checkpoint.hf_import import load_hf_weights
-from mindspeed_mm.checkpoint.publish import TRACKER, clean_up, is_hf_folder
+from mindspeed_mm.checkpoint.publish import TRACKER, checkpoints_in, clean_up, is_hf_folder, iteration_of
 from mindspeed_mm.checkpoint.retention import Retention
 from mindspeed_mm.checkpoint.run_state import ModuleState, RunState
 from mindspeed_mm.checkpoint.tensors import clean_name
@@ -125,11 +125,12 @@ class Checkpointer:
             UserError: what is to be loaded holds no checkpoint, or one that does not fit.
         """
         args = self.args
-        resumes = False
+        resumes, step = False, None
         if self.saver:
             keeps = self.saver.keeper and Path(args.save).is_dir()
             run_together(f"cleaning {args.save}", lambda: clean_up(Path(args.save)) if keeps else None)
-            resumes = args.auto_resume and any(gather((Path(args.save) / TRACKER).is_file()))
+            if args.auto_resume:  # each host's disk may be another, and one of them new
+                resumes, step = max(gather(self._to_resume()), key=lambda answer: answer[0])
         folder = args.save if resumes else args.load
         if folder and not self._adapters and args.ckpt_step is None and gather(is_hf_folder(folder))[0]:
             self._load_hf(folder)
@@ -143,7 +144,7 @@ class Checkpointer:
             model=self.state,
             optimizer=None if args.no_load_optim else self.optimizer,
             strict=args.load_strict,
-            step=None if resumes else args.ckpt_step,
+            step=step if resumes else args.ckpt_step,
             finetune=args.finetune and not resumes,
             fallback=args.load_fallback,
             check=lambda path: check_adapters(path, self._adapters),
@@ -166,6 +167,18 @@ class Checkpointer:
                 "sample order continues where it was, random numbers (dropout) do not."
             )
         return loaded.iteration, self._consumed_samples
+
+    def _to_resume(self) -> tuple[bool, int | None]:
+        """Return whether ``--save`` has a checkpoint, and its iteration where no tracker file names it."""
+        folder = Path(self.args.save)
+        if (folder / TRACKER).is_file():
+            return True, None
+        # Killed between the first checkpoint and its tracker, or copied without it: that is no reason to start over.
+        saved = [iteration_of(path) for path in checkpoints_in(folder)] if folder.is_dir() else []
+        newest = next((iteration for iteration in reversed(saved) if iteration is not None), None)
+        if newest is not None:
+            warn_rank_0(f"--save {folder} has checkpoints and no {TRACKER}: going on from iteration {newest}")
+        return newest is not None, newest
 
     def go_back(self, iterators: Mapping[str, Any]) -> tuple[int, int]:
         """Put everything back to the newest checkpoint of this run. A collective.

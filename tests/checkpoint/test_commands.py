@@ -57,6 +57,23 @@ def test_list_and_show(tmp_path: Path) -> None:
         run("list", tmp_path / "nowhere")
 
 
+def test_a_folder_may_hold_odd_things_and_have_an_odd_name(tmp_path: Path) -> None:
+    folder = tmp_path / "run [v2] [/a] :smile: ü"
+    save_runs(folder, {1: None})
+    (folder / "iter_0000001" / "gone").symlink_to(tmp_path / "nowhere")
+    (folder / "iter_²").mkdir()
+    (folder / "iter_²" / ".metadata").touch()
+    assert run("list", folder)[0] == 0
+    code, text = run("show", folder)
+    assert code == 0 and f"{folder.name}/iter_0000001" in " ".join(text.split())
+    assert run("verify", folder) == (0, f"{folder}/iter_0000001: not in the manifest: gone\n")
+    for content in (b"\xb1", "²".encode(), b""):
+        (folder / TRACKER).write_bytes(content)
+        code, text = run("verify", folder)
+        assert code == 1 and "is neither an iteration nor 'release'; pass --ckpt-step" in text
+        assert run("list", folder)[0] == 0
+
+
 def test_verify_names_the_file(tmp_path: Path) -> None:
     save_runs(tmp_path, {1: None, 2: None})
     assert run("verify", tmp_path)[0] == 0
@@ -107,6 +124,13 @@ def test_diff_does_not_read_tensors_whose_digests_are_equal(tmp_path: Path, monk
     assert not read
     run("diff", tmp_path / "iter_0000001", tmp_path / "iter_0000002")
     assert "model.embed.weight" in read and "model.frozen.weight" not in read
+
+
+def test_diff_of_what_cannot_be_read(tmp_path: Path) -> None:
+    save_runs(tmp_path, {1: None, 2: None})
+    (tmp_path / "iter_0000002" / "__0_0.distcp").write_bytes(b"")
+    with pytest.raises(UserError, match=r"cannot read .*iter_0000002: rank 0: "):
+        run("diff", tmp_path / "iter_0000001", tmp_path / "iter_0000002")
 
 
 def test_diff_maps_names_of_hugging_face_folders(tmp_path: Path) -> None:

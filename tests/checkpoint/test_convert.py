@@ -94,6 +94,25 @@ def test_errors(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists() and sorted(p.name for p in (tmp_path / "dcp").iterdir())[1] == "release"
 
 
+def test_damaged_weights_are_not_converted(tmp_path: Path) -> None:
+    hf.write_folder(tmp_path / "hf", "qwen3", False)
+    file = hf_to_dcp(tmp_path / "hf", tmp_path / "dcp") / "__0_0.distcp"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    damaged = r"release is damaged and is not converted:\n  __0_0.distcp is not what was saved"
+    with pytest.raises(UserError, match=damaged):
+        dcp_to_hf(tmp_path / "dcp", tmp_path / "out", tmp_path / "hf")
+    with pytest.raises(UserError, match=damaged):
+        copy_checkpoint(tmp_path / "dcp", tmp_path / "copy")
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    for index in ("[]", '{"weight_map": {"a": 1}}', '{"weight_map": {"a": 1, "b": "c"}}'):
+        (tmp_path / "hf" / "model.safetensors.index.json").write_text(index)
+        with pytest.raises(UserError, match="is not a safetensors index"):
+            hf_to_dcp(tmp_path / "hf", tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dcp", "hf"]
+
+
 def test_command_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     expected = hf.write_folder(tmp_path / "hf", "qwen3", True)
     monkeypatch.chdir(tmp_path)
@@ -167,6 +186,18 @@ def test_mistakes_on_the_command_line(
     }.items():
         code, _, err = run(capsys, monkeypatch, command)
         assert code == 1 and message in err and err.count("\n") == 1, err
+
+
+def test_a_folder_that_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf.write_folder(tmp_path / "hf", "qwen3", False)
+    hf_to_dcp(tmp_path / "hf", tmp_path / "dcp")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    command = "mm-convert Qwen2VLConverter resplit --cfg.source_dir dcp --cfg.target_dir file/below"
+    code, _, err = run(capsys, monkeypatch, command)
+    assert code == 1 and err.endswith("error: [Errno 20] Not a directory: 'file/below'\n")
 
 
 def test_help_is_quick() -> None:

@@ -152,6 +152,12 @@ def test_fallback_takes_the_newest_good_one_and_says_so(tmp_path: Path) -> None:
     (tmp_path / TRACKER).write_text("9")
     check(None, 2, 9, 4, 3)
     check(9, 2, 9, 4, 3)
+    (tmp_path / TRACKER).write_bytes(b"\xb4")  # a "4" with a flipped bit
+    with pytest.raises(UserError, match="neither an iteration nor"):
+        store.load(tmp_path, model=small.build(1)[0], optimizer=None)
+    model, optim = small.build(1)
+    loaded = store.load(tmp_path, model=model, optimizer=optim, fallback=True)
+    assert loaded.iteration == 2 and TRACKER in loaded.warnings[0]
     for file in ("iter_0000001", "iter_0000002"):
         flip(tmp_path / file / "manifest.json", random.Random(0))
     model, optim = small.build(1)
@@ -167,6 +173,19 @@ def test_without_a_manifest_it_loads_with_one_line(tmp_path: Path) -> None:
     small.assert_same(saved, loaded)
     (line,) = info.warnings
     assert "has no manifest" in line and "cannot be verified" in line
+
+
+def test_flips_in_an_index_without_a_manifest_are_problems_of_the_checkpoint(tmp_path: Path) -> None:
+    small.save_after(tmp_path, 1)
+    path, rng = tmp_path / "iter_0000001", random.Random(0)
+    (path / manifest.NAME).unlink()
+    before = (path / ".metadata").read_bytes()
+    found = set()
+    for _ in range(100):
+        flip(path / ".metadata", rng)
+        found.update(inspect(path).problems)
+        (path / ".metadata").write_bytes(before)
+    assert any(problem.startswith(".metadata is damaged: ") for problem in found)
 
 
 def test_a_manifest_of_a_later_version_is_said(tmp_path: Path) -> None:

@@ -265,5 +265,8 @@ def test_what_a_killed_save_leaves_is_gone_at_the_next_start(ranks1: RankPool, t
     for name in ("iter_0000004.staging", "iter_0000001.removed"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__0_0.distcp").write_text("half")
-    ranks1.run(train, str(tmp_path), "--auto-resume", steps=2)
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["iter_0000002"]
+    (tmp_path / TRACKER).unlink()  # killed before it was written: no reason to start over
+    ranks1.run(train, str(tmp_path), "--auto-resume", steps=3)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["iter_0000002", "iter_0000003"]
+    steps = [json.loads(line)["iteration"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and steps[-1] == 3
