@@ -37,7 +37,12 @@ class Condition:
 
 
 def inspect(
-    path: Path, group: dist.ProcessGroup | None = None, *, alone: bool = True, quick: bool = False
+    path: Path,
+    group: dist.ProcessGroup | None = None,
+    *,
+    alone: bool = True,
+    quick: bool = False,
+    share: tuple[int, int] | None = None,
 ) -> Condition:
     """Check every file of a checkpoint.
 
@@ -48,6 +53,7 @@ def inspect(
         group: the ranks that share the work.
         alone: check on this rank only; otherwise a collective, whose result is the same on all ranks.
         quick: compare sizes instead of checksums.
+        share: this rank's number among those that share a disk, and how many they are; by default all ranks do.
     """
     try:
         manifest = manifests.read(path)
@@ -55,7 +61,7 @@ def inspect(
         found, manifest = [str(error)], None
     else:
         found = _unsealed(path) if manifest is None else []
-    mine, ranks = (0, 1) if alone else group_position(group)
+    mine, ranks = (0, 1) if alone else share or group_position(group)
     if manifest is not None:
         # The largest first, dealt out in turn: shards are of about the same size.
         names = sorted(manifest.files, key=lambda name: (-manifest.files[name].bytes, name))

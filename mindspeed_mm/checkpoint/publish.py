@@ -50,31 +50,34 @@ def publish(
     write: Callable[[Path], Part],
     group: dist.ProcessGroup | None = None,
     validation_loss: float | None = None,
+    keeper: bool | None = None,
 ) -> Path:
     """Write a checkpoint with ``write(staging_folder)`` on every rank, then make it the newest one.
 
     ``write`` must have its files on the disk (fsync) when it returns what it wrote. ``validation_loss`` goes into
-    the manifest.
+    the manifest. ``keeper`` says whether this rank looks after the folder, see `disks.keeps`; by default rank 0 does.
 
     Raises:
         UserError: writing failed on some rank; raised on all. What was saved before is untouched.
     """
     final, staging = save_dir / name, save_dir / (name + _STAGING)
-    first = rank() == 0
+    keeper = rank() == 0 if keeper is None else keeper
     try:
-        run_together(f"preparing {staging}", lambda: _prepare(save_dir, staging) if first else None, group)
+        run_together(f"preparing {staging}", lambda: _prepare(save_dir, staging) if keeper else None, group)
         parts = gather(run_together(f"saving {final}", lambda: write(staging), group), group)
 
-        def commit() -> None:
+        def put_in_place() -> None:
             sealed = manifest.merge(
                 parts, iteration=iteration_of(final) or 0, world_size=world_size(), validation_loss=validation_loss
             )
             manifest.write(staging, sealed)
-            _commit(staging, final)
+            _put_in_place(staging, final)
 
-        run_together(f"publishing {final}", lambda: commit() if first else None, group)
+        # One step after the other: what one disk's tracker names is in place on all of them.
+        run_together(f"publishing {final}", lambda: put_in_place() if keeper else None, group)
+        run_together(f"publishing {final}", lambda: _make_newest(final) if keeper else None, group)
     except (UserError, RuntimeError):
-        if first:
+        if keeper:
             shutil.rmtree(staging, ignore_errors=True)
         raise
     return final
@@ -93,7 +96,8 @@ def publish_copy(source: Path, save_dir: Path) -> Path:
         raise UserError(f"{final} exists already; remove it, or name another folder")
     _prepare(save_dir, staging)
     shutil.copytree(source, staging, copy_function=_copy_flushed, dirs_exist_ok=True)
-    _commit(staging, final)
+    _put_in_place(staging, final)
+    _make_newest(final)
     return final
 
 
@@ -234,13 +238,15 @@ def _ours(save_dir: Path, suffix: str) -> list[Path]:
     return [*save_dir.glob(f"iter_*{suffix}"), *save_dir.glob(RELEASE + suffix)]
 
 
-def _commit(staging: Path, final: Path) -> None:
+def _put_in_place(staging: Path, final: Path) -> None:
     fsync_folder(staging)
-    old = final.with_name(final.name + _REPLACED)
     if final.exists():
-        final.rename(old)
+        final.rename(_replaced(final))
     staging.rename(final)
     fsync_folder(final.parent)
+
+
+def _make_newest(final: Path) -> None:
     tracker = final.parent / TRACKER
     temporary = tracker.with_suffix(".tmp")
     with open(temporary, "w") as file:
@@ -249,7 +255,11 @@ def _commit(staging: Path, final: Path) -> None:
         os.fsync(file.fileno())
     temporary.replace(tracker)
     fsync_folder(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(_replaced(final), ignore_errors=True)
+
+
+def _replaced(final: Path) -> Path:
+    return final.with_name(final.name + _REPLACED)
 
 
 def fsync_folder(folder: Path) -> None:

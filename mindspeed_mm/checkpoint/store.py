@@ -13,6 +13,7 @@ Reading them runs no code, whoever wrote them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch.optim import Optimizer
 
 from mindspeed_mm.checkpoint.background import HostCopy
 from mindspeed_mm.checkpoint.coordination import gather, rank, run_together, world_size
+from mindspeed_mm.checkpoint.disks import complete
 from mindspeed_mm.checkpoint.integrity import inspect
 from mindspeed_mm.checkpoint.manifest import Manifest, Part, describe, record_file
 from mindspeed_mm.checkpoint.publish import RELEASE, find, find_all, folder_name, publish
@@ -122,6 +124,7 @@ def write_snapshot(
     snapshot: Snapshot,
     group: dist.ProcessGroup | None = None,
     validation_loss: float | None = None,
+    keeper: bool | None = None,
 ) -> Path:
     """Write a snapshot as a checkpoint and make it the newest one; every rank calls this.
 
@@ -130,6 +133,7 @@ def write_snapshot(
         snapshot: of this rank.
         group: ranks that save; default all. Beside a running training it must be one that nothing else uses.
         validation_loss: goes into the manifest.
+        keeper: whether this rank looks after the folder on its disk; default rank 0.
 
     Raises:
         UserError: a rank could not write; raised on all ranks. Earlier checkpoints are untouched.
@@ -142,7 +146,7 @@ def write_snapshot(
             part.files[name] = record_file(folder / name)
         return part
 
-    return publish(Path(save_dir), folder_name(snapshot.iteration), write, group, validation_loss)
+    return publish(Path(save_dir), folder_name(snapshot.iteration), write, group, validation_loss, keeper)
 
 
 def write_part(
@@ -287,12 +291,22 @@ def _choose(
 ) -> tuple[Path, Manifest | None, list[str]]:
     """Return the checkpoint to load, its manifest, and what there is to say about the choice."""
 
-    def search() -> tuple[list[Path], list[str]]:
-        return find_all(load_dir, step) if fallback else ([find(load_dir, step)], [])
+    def search() -> tuple[list[str], list[str]] | UserError:
+        try:
+            found, refused = find_all(load_dir, step) if fallback else ([find(load_dir, step)], [])
+        except UserError as error:
+            return error  # the disk of another host may have it
+        return [os.path.relpath(path, load_dir) for path in found], refused
 
-    candidates, refused = gather(run_together(f"loading {load_dir}", search, group), group)[0]
-    for path in candidates:
-        condition = inspect(path, group, alone=False)
+    answers = gather(run_together(f"loading {load_dir}", search, group), group)
+    answer = next((answer for answer in answers if not isinstance(answer, UserError)), answers[0])
+    if isinstance(answer, UserError):
+        raise answer
+    candidates, refused = answer
+    for name in candidates:
+        path = Path(os.path.normpath(Path(load_dir) / name))
+        copies = complete(path, group)
+        condition = inspect(path, group, alone=False, share=(copies.position, copies.ranks))
         if condition.good:
             notes = [*refused, f"loading {path} instead"] if refused else []
             if condition.manifest is None:

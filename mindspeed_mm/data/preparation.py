@@ -307,7 +307,8 @@ class _Work:
             bad = {index: reason for part in parts for index, reason in part["bad"].items()}
             _save_json(self.folder / _DONE, {"chunk": self.chunk, "kept": self.keep_samples, "bad": bad})
             shutil.rmtree(self._parts, ignore_errors=True)
-            for left_over in self.folder.rglob("*.tmp"):
+            # Of killed processes. Elsewhere such a file may be one that somebody who came late is writing.
+            for left_over in (self.folder / _SAMPLES).glob("*.tmp"):
                 left_over.unlink(missing_ok=True)
 
 

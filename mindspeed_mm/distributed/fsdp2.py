@@ -35,6 +35,7 @@ from mindspeed_mm.distributed.recompute import recompute
 from mindspeed_mm.distributed.reduction import sum_gradients
 from mindspeed_mm.distributed.shard_plan import ShardPlan, describe
 from mindspeed_mm.distributed.units import no_split_modules, post_order, wrap_order
+from mindspeed_mm.distributed.unshardable import lay_out_in_order, refuse_mixed_units, scalars
 from mindspeed_mm.errors import UserError
 
 _DTYPES = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -82,6 +83,7 @@ def prepare_model(
     """
     sharding = Sharding(model, _with_dtype(load_fsdp2_config(fsdp2_config_path), param_dtype), process_group)
     sharding.keep_masters()
+    lay_out_in_order(model)
     with sharding.active():
         if callable(method := getattr(model, "fully_shard", None)):
             if "fsdp2_config_path" in (names := _parameter_names(method)) or "**" in names:
@@ -235,6 +237,7 @@ class Sharding:
 
     def finish(self) -> ShardPlan:
         """Let everything that was wrapped sum gradients over the ranks, place the rest, and say what was done."""
+        refuse_mixed_units(self.module)
         sum_gradients(self.module)
         device = accelerator.device()
         self.module._apply(lambda t: t if isinstance(t, DTensor) or t.is_meta else t.to(device))
@@ -259,7 +262,8 @@ class Sharding:
             "reshard_after_forward": self._reshard_after_forward(),
             "offload_policy": self._offload_policy(),
         }
-        if ignored := {param for module in self.ignored_modules.values() for param in module.parameters()}:
+        ignored = {param for module in self.ignored_modules.values() for param in module.parameters()}
+        if ignored := ignored | scalars(self.module):
             kwargs["ignored_params"] = ignored
         return kwargs
 

@@ -15,7 +15,7 @@ from mindspeed_mm import accelerator
 from mindspeed_mm.checkpoint import store
 from mindspeed_mm.checkpoint.adapters import adapter_config, adapter_files, check_adapters, write_adapter
 from mindspeed_mm.checkpoint.background import HostCopy
-from mindspeed_mm.checkpoint.coordination import gather, rank, run_together
+from mindspeed_mm.checkpoint.coordination import gather, run_together
 from mindspeed_mm.checkpoint.hf_export import export_hf
 from mindspeed_mm.checkpoint.hf_import import load_hf_weights
 from mindspeed_mm.checkpoint.publish import TRACKER, checkpoints_in, clean_up, is_hf_folder, iteration_of
@@ -39,6 +39,7 @@ class Checkpointer:
         optimizer: over its parameters.
         schedule: of that optimizer.
         state: what the store is given of model and optimizer; default these themselves.
+        keeper: whether this rank looks after ``--save`` on its disk; default rank 0.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Checkpointer:
         optimizer: Optimizer,
         schedule: Schedule,
         state: RunState | None = None,
+        keeper: bool | None = None,
     ) -> None:
         self.args = args
         self.state = state or ModuleState(model, optimizer)
@@ -57,7 +59,7 @@ class Checkpointer:
         self.saver: Saver | None = None
         if args.save:
             keep = Retention(args.keep_last, args.keep_every, args.keep_best)
-            self.saver = Saver(args.save, beside=args.async_save, keep=keep, form=args.ckpt_format)
+            self.saver = Saver(args.save, beside=args.async_save, keep=keep, form=args.ckpt_format, keeper=keeper)
         self._rank_state: dict[str, Any] | None = None
         self._positions: dict[str, Any] = {}
         self._consumed_samples = 0
@@ -123,9 +125,12 @@ class Checkpointer:
             UserError: what is to be loaded holds no checkpoint, or one that does not fit.
         """
         args = self.args
-        if args.save and Path(args.save).is_dir():
-            run_together(f"cleaning {args.save}", lambda: clean_up(Path(args.save)) if rank() == 0 else None)
-        resumes, step = self._to_resume() if args.auto_resume and args.save else (False, None)
+        resumes, step = False, None
+        if self.saver:
+            keeps = self.saver.keeper and Path(args.save).is_dir()
+            run_together(f"cleaning {args.save}", lambda: clean_up(Path(args.save)) if keeps else None)
+            if args.auto_resume:  # each host's disk may be another, and one of them new
+                resumes, step = max(gather(self._to_resume()), key=lambda answer: answer[0])
         folder = args.save if resumes else args.load
         if folder and not self._adapters and args.ckpt_step is None and gather(is_hf_folder(folder))[0]:
             self._load_hf(folder)

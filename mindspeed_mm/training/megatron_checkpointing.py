@@ -22,10 +22,12 @@ from mindspeed_mm.training.megatron_state import MegatronState
 class MegatronCheckpointer(Checkpointer):
     """Saves and restores a run of a :class:`~mindspeed_mm.engine.megatron.MegatronEngine`."""
 
-    def __init__(self, args: Namespace, engine: MegatronEngine, schedule: Schedule) -> None:
+    def __init__(self, args: Namespace, engine: MegatronEngine, schedule: Schedule, keeper: bool | None = None) -> None:
         self.engine = engine
         self._first: Any = unwrap(engine.module[0])
-        super().__init__(args, engine.module, engine.optimizer, schedule, state=MegatronState(engine, pieces))
+        super().__init__(
+            args, engine.module, engine.optimizer, schedule, state=MegatronState(engine, pieces), keeper=keeper
+        )
 
     @property
     def layout(self) -> dict[str, Any]:

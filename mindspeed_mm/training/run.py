@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from mindspeed_mm import accelerator
 from mindspeed_mm.arguments import parse_args, report_inert_flags, road_of, set_args, validate_args
-from mindspeed_mm.checkpoint.disks import check_shared
+from mindspeed_mm.checkpoint.disks import keeps
 from mindspeed_mm.checkpoint.publish import folder_name
 from mindspeed_mm.configs.config import merge_mm_args
 from mindspeed_mm.data import quarantine
@@ -80,8 +80,7 @@ def _run(
         accelerator.use_deterministic_algorithms()
     watch = _join_job(args, store_slot, notes)
     state.print_rank_0(f"time to initialize megatron (seconds): {time.monotonic() - start:.3f}")
-    if args.save:
-        check_shared("--save", args.save)
+    keeper = bool(args.save) and keeps(args.save)
     sinks = open_sinks(args)
     for plugin in args.plugin:
         load_plugin(plugin)
@@ -94,7 +93,7 @@ def _run(
     with phase("building the model"):
         engine, groups = _build_engine(args, model_provider)
     schedule = schedule_from(args, engine.optimizer)
-    checkpointer = _build_checkpointer(args, engine, schedule)
+    checkpointer = _build_checkpointer(args, engine, schedule, keeper)
     with phase("loading"):
         args.iteration, args.consumed_train_samples = checkpointer.load()
     bad_samples = _bad_samples_folder(args)
@@ -169,12 +168,12 @@ def _build_engine(args: Namespace, provider: Callable[..., Any]) -> tuple[Engine
     return megatron_setup.build_engine(args, provider)
 
 
-def _build_checkpointer(args: Namespace, engine: Any, schedule: Schedule) -> Checkpointer:
+def _build_checkpointer(args: Namespace, engine: Any, schedule: Schedule, keeper: bool) -> Checkpointer:
     if road_of(args) == "fsdp2":
-        return Checkpointer(args, engine.module, engine.optimizer, schedule)
+        return Checkpointer(args, engine.module, engine.optimizer, schedule, keeper=keeper)
     from mindspeed_mm.training.megatron_checkpointing import MegatronCheckpointer
 
-    return MegatronCheckpointer(args, engine, schedule)
+    return MegatronCheckpointer(args, engine, schedule, keeper=keeper)
 
 
 def _export_now_and_then(args: Namespace, checkpointer: Checkpointer) -> None:

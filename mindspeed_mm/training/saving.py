@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from mindspeed_mm.checkpoint.background import Background, HostCopy
-from mindspeed_mm.checkpoint.coordination import run_together
+from mindspeed_mm.checkpoint.coordination import rank, run_together
 from mindspeed_mm.checkpoint.publish import folder_name, remove
 from mindspeed_mm.checkpoint.retention import Retention, reasons_to_keep
 from mindspeed_mm.checkpoint.store import Snapshot, write_snapshot
@@ -32,11 +32,21 @@ class Saver:
         beside: write in a thread, from a copy in host memory.
         keep: which older checkpoints stay after a save.
         form: what the log calls the format.
+        keeper: whether this rank looks after the folder on its disk; default rank 0.
     """
 
-    def __init__(self, folder: str | Path, *, beside: bool, keep: Retention, form: str = "torch_dcp") -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        beside: bool,
+        keep: Retention,
+        form: str = "torch_dcp",
+        keeper: bool | None = None,
+    ) -> None:
         self.folder = Path(folder)
         self.keep = keep
+        self.keeper = rank() == 0 if keeper is None else keeper
         self.form = form
         self.newest: Path | None = None
         """The newest checkpoint that this run has saved."""
@@ -91,12 +101,12 @@ class Saver:
         return snapshot
 
     def _write(self, snapshot: Snapshot, loss: float | None) -> None:
-        self.newest = write_snapshot(self.folder, snapshot, self.group, loss)
+        self.newest = write_snapshot(self.folder, snapshot, self.group, loss, self.keeper)
         self._again = None
         iteration = snapshot.iteration
         place = f"[ t 1/{sizes().tensor}, p 1/{sizes().pipeline} ]"
         print_rank_0(f"  successfully saved checkpoint from iteration {iteration:7d} to {self.folder} {place}")
-        if self.keep and (not dist.is_initialized() or dist.get_rank() == 0):
+        if self.keep and self.keeper:
             try:
                 for path, reason in reasons_to_keep(self.folder, self.keep, quick=True).items():
                     if not reason:

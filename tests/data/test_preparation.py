@@ -15,6 +15,7 @@ import torch
 import torch.multiprocessing
 
 from mindspeed_mm.data.preparation import Measured, Prepared, forget_changed, is_prepared, prepare
+from mindspeed_mm.data.sample_store import write_whole
 from mindspeed_mm.errors import UserError
 
 FORK = torch.multiprocessing.get_context("fork")
@@ -122,6 +123,16 @@ def test_two_that_come_at_once_share_the_work(tmp_path: Path) -> None:
         assert other.exitcode == 0
     assert sorted(numbers.fetched()) == list(range(128))
     check(Prepared(folder), numbers)
+
+
+def test_one_that_comes_late_keeps_what_it_writes(tmp_path: Path) -> None:
+    """Its description of the samples, say, while another that came with it has already prepared them."""
+    numbers, folder = Numbers(6, tmp_path / "log"), tmp_path / "cache"
+    folder.mkdir()
+    with write_whole(folder / "rows.arrow") as file:
+        prepare(numbers, folder)
+        file.write(b"rows")
+    assert (folder / "rows.arrow").read_bytes() == b"rows"
 
 
 def test_files_that_a_killed_process_left_in_the_middle_are_not_believed(tmp_path: Path) -> None:

@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from mindspeed_mm.configs.fsdp2 import Fsdp2Config
 from mindspeed_mm.distributed import fsdp2
+from mindspeed_mm.engine.fsdp2 import FSDP2Engine
 from mindspeed_mm.errors import UserError
-from tests.distributed.tiny import assert_same_gradients, batches, loss_of, shard, tiny
+from tests.distributed.tiny import Tiny, assert_same_gradients, batches, full, loss_of, shard, tiny
 from tests.ranks import RankPool
 
 LAYERS = {"sharding_size": "auto", "sub_modules_to_wrap": ["layers.{*}"]}
@@ -294,3 +296,59 @@ def check_tied_note() -> list[str]:
 
 def test_tied_modules_are_wrapped_together(ranks1: RankPool) -> None:
     assert "share a parameter: embed, head" in ranks1.run(check_tied_note)[0][0]
+
+
+class Awkward(Tiny):
+    """With a parameter without dimensions and one that lies transposed in memory."""
+
+    def build(self, width: int = 5, tied: bool = False, dropout: float = 0.0) -> None:
+        super().build(width, tied, dropout)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.head.weight = nn.Parameter(self.head.weight.detach().t().contiguous().t())
+
+
+def check_awkward_parameters() -> None:
+    config = Fsdp2Config(**LAYERS)
+    torch.manual_seed(1)
+    model = Awkward()
+    torch.manual_seed(1)
+    reference = Awkward()
+    model._fully_shard = lambda kwargs, _: fsdp2.Sharding.current().apply()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fsdp2, "load_fsdp2_config", lambda _: config)
+        plan = fsdp2.prepare_model(model)
+    assert [name for name, _ in plan.ignored] == ["scale"]  # left to the engine, which reduces it
+    engine = FSDP2Engine(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.0),
+        group=dist.group.WORLD,
+        clip_grad=0.0,
+        replicated=[param for _, param in plan.ignored],
+    )
+    todo = batches(dist.get_world_size())
+    mine = iter([todo[dist.get_rank()]])
+    engine.forward_backward(lambda data, module: (loss_of(module, next(data)), lambda loss: loss), mine, 1)
+    for batch in todo:
+        (loss_of(reference, batch) / len(todo)).backward()
+    expected = {name: param.grad for name, param in reference.named_parameters()}
+    for name, param in model.named_parameters():
+        torch.testing.assert_close(full(param.grad), expected[name], rtol=1e-6, atol=1e-6)
+
+
+def test_parameters_without_dimensions_or_out_of_order_train(ranks2: RankPool) -> None:
+    ranks2.run(check_awkward_parameters)
+
+
+def check_mixed_unit() -> None:
+    model = tiny()
+    model.layers[1].linear.bias = nn.Parameter(model.layers[1].linear.bias.detach().bfloat16())
+    words = "'layers.1.linear.weight' is float32 and 'layers.1.linear.bias' is bfloat16, .* unit, 'layers.1'"
+    with pytest.raises(UserError, match=words):
+        shard(model, **LAYERS)
+    frozen = tiny(frozen=("tower",))
+    frozen.tower.bfloat16()
+    shard(frozen, **LAYERS, replicate_frozen_mib=0)
+
+
+def test_a_unit_of_several_dtypes_is_an_error_that_names_it(ranks1: RankPool) -> None:
+    ranks1.run(check_mixed_unit)

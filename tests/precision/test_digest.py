@@ -124,6 +124,20 @@ def write_placed(folder: str) -> None:
     RecordWriter(folder, dist.get_rank(), world).write(0, RankStep(entries=pool.read()))
 
 
+def test_what_collectives_bring_is_told_apart_though_it_has_no_address() -> None:
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    pool = StepPool()
+    values = [torch.randn(3, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    wrapped = [AsyncCollectiveTensor(value) for value in values]
+    assert {tensor.data_ptr() for tensor in wrapped} == {0}
+    for name, tensor in zip("ab", wrapped, strict=True):
+        pool.add(Key("forward", name, "output.0"), tensor)
+    entries = pool.read()
+    for name, value in zip("ab", values, strict=True):
+        assert distance(entries[Key("forward", name, "output.0")], of(value)).relative < 1e-6
+
+
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_placement_has_the_sketch_of_the_full_tensor(world: int, tmp_path: Any, ranks2: RankPool) -> None:
     RecordWriter(tmp_path, 0, world).start({})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,38 @@ def test_plain_pytorch_records_what_our_run_does(
     missing = [str(key) for key in ours.step(0).entries if key not in found]
     assert missing == [], missing
     assert [sample.id for sample in plain.step(0).samples] == [sample.id for sample in ours.step(0).samples]
+
+
+class WithLoss(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+
+    def forward(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": self.layers(pixels).square().mean()}
+
+
+def test_nothing_of_a_recorded_step_stays_in_memory(tmp_path: Path) -> None:
+    """A hook that holds its own tensor keeps all that the step has computed; Python does not see that circle."""
+    from mindspeed_mm.precision import Recorder
+
+    def live() -> int:
+        gc.collect()
+        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+    counts = []
+    for run in range(2):
+        model = WithLoss()
+        optimizer = torch.optim.AdamW(model.parameters())
+        recorder = Recorder(tmp_path / str(run), model, optimizer, steps=range(3))
+        for _ in range(3):
+            model(pixels=torch.randn(2, 3))["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert len(Record.open(tmp_path / str(run)).steps) == 3
+        del model, optimizer, recorder
+        counts.append(live())
+    assert counts[0] == counts[1]
 
 
 def test_hugging_faces_trainer_records_in_three_lines(

@@ -37,14 +37,17 @@ def why_not() -> str | None:
 class Agent:
     """torchrun on one of the hosts, which prints into a file."""
 
-    def __init__(self, host: int, command: list[str], log: Path, env: dict[str, str]) -> None:
+    def __init__(self, host: int, command: list[str], log: Path, env: dict[str, str], mounts: dict[Path, Path]) -> None:
         self.host = host
         self.log = log
         inside = ["ip", "netns", "exec", _NAMES[host], "unshare", "--uts", "--mount", "sh", "-c"]
         names = log.with_suffix(".hosts")
         pairs = ("127.0.0.1 localhost", *(f"{a} {n}" for a, n in zip(ADDRESSES, _NAMES, strict=True)))
         names.write_text("".join(f"{pair}\n" for pair in pairs))
-        line = f'hostname {_NAMES[host]} && mount --bind {names} /etc/hosts && exec "$0" "$@"'
+        bind = "".join(
+            f"mount --bind {there} {here} && " for here, there in {Path("/etc/hosts"): names, **mounts}.items()
+        )
+        line = f'hostname {_NAMES[host]} && {bind}exec "$0" "$@"'
         with log.open("a") as output:
             self.process = subprocess.Popen(
                 [*inside, line, *command],
@@ -98,14 +101,16 @@ class Hosts:
         for name in _NAMES:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True, timeout=20)
 
-    def launch(self, host: int, command: list[str], *, restarts: int = 0) -> Agent:
-        """Start the script with its flags on one rank of a host."""
+    def launch(
+        self, host: int, command: list[str], *, restarts: int = 0, mounts: dict[Path, Path] | None = None
+    ) -> Agent:
+        """Start the script with its flags on one rank of a host, which sees other folders at some paths."""
         rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{ADDRESSES[0]}:{_PORT}", "--rdzv-id", "test"]
         nodes = ["--nnodes", "2", "--nproc_per_node", "1", "--max-restarts", str(restarts)]
         address = ["--local-addr", ADDRESSES[host]]
         torchrun = [sys.executable, "-m", "torch.distributed.run", *nodes, *rendezvous, *address]
         log = self.folder / f"host_{host}.log"
-        agent = Agent(host, [*torchrun, *command], log, {"GLOO_SOCKET_IFNAME": "eth0", **_REJOIN})
+        agent = Agent(host, [*torchrun, *command], log, {"GLOO_SOCKET_IFNAME": "eth0", **_REJOIN}, mounts or {})
         self.agents.append(agent)
         return agent
 

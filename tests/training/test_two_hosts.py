@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mindspeed_mm.checkpoint.manifest import read
 from tests.training.hosts import Hosts, why_not
 from tests.training.job import ROOT
 
@@ -38,15 +39,25 @@ def test_two_hosts_with_a_shared_disk(hosts: Hosts, tmp_path: Path) -> None:
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "4"
 
 
-def test_a_disk_of_its_own_on_each_host_is_noticed_at_the_start(hosts: Hosts, tmp_path: Path) -> None:
-    agents = [hosts.launch(host, command(tmp_path / f"disk_{host}", 4)) for host in range(2)]
-    outcomes = [agent.wait(150) for agent in agents]
-    assert all(outcome.code for outcome in outcomes)
-    said = "".join(outcome.text for outcome in outcomes)
-    assert re.search(
-        r"^error \(rank \d\): --save \S+: rank 1 \(mm-[ab]\) does not see what rank 0 \(mm-[ab]\)", said, re.M
-    )
-    assert "iteration        1" not in said
+def test_two_hosts_with_disks_of_their_own(hosts: Hosts, tmp_path: Path) -> None:
+    """Under one name each has another folder; the run is resumed from them, and ends where an undisturbed one does."""
+    straight, save = tmp_path / "straight", tmp_path / "ckpt"
+    disks = [tmp_path / f"disk_{host}" for host in range(2)]
+    for folder in (straight, save, *disks):
+        folder.mkdir()
+    for steps, flags in ((4, ()), (6, ("--auto-resume",))):
+        run = command(save, steps, "none", *flags, "--lr-decay-iters", "6")
+        agents = [hosts.launch(host, run, mounts={save: disks[host]}) for host in range(2)]
+        assert [agent.wait(150).code for agent in agents] == [0, 0], _said(hosts)
+    assert "is not on one disk: ranks 0, 1 are the first on theirs" in _said(hosts)
+    assert "loading checkpoint from" in _said(hosts) and not any(save.iterdir())
+    agents = [hosts.launch(host, command(straight, 6, "none", "--lr-decay-iters", "6")) for host in range(2)]
+    assert [agent.wait(150).code for agent in agents] == [0, 0], _said(hosts)
+    expected = read(straight / "iter_0000006")
+    for disk in disks:
+        assert (disk / "latest_checkpointed_iteration.txt").read_text() == "6"
+        found = read(disk / "iter_0000006")
+        assert expected and found and expected.tensors == found.tensors
 
 
 def test_the_cable_is_cut(hosts: Hosts, tmp_path: Path) -> None:

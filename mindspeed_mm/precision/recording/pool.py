@@ -111,6 +111,8 @@ class StepPool:
 
     def _remember(self, value: Tensor, about: tuple[Any, ...], keep: Any, make: Any) -> _Made:
         """Make a digest, unless it is of what was digested before: an output is mostly the next module's input."""
+        if value.data_ptr() == 0:  # a wrapper, of what a collective is still bringing, say: it is known by no address
+            return make()
         key = (value.data_ptr(), value.shape, value.stride(), value.dtype, value._version, *about)
         found = self._seen.get(key)
         if found is not None and not found[0].expired():

@@ -148,8 +148,10 @@ class Recorder:
             return
         loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
         if isinstance(loss, Tensor) and loss.requires_grad:
-            # What it is multiplied with before the backward pass, accumulation and the like, its gradient says.
-            loss.register_hook(lambda gradient: self.loss(loss.detach() * gradient))
+            # What it is multiplied with before the backward pass, accumulation and the like, its gradient says. A hook
+            # that held the loss itself would keep it, and its graph, for ever.
+            value = loss.detach()
+            loss.register_hook(lambda gradient: self.loss(value * gradient))
         values = [loss] if isinstance(loss, Tensor) else tree_leaves(output)
         first = next((value for value in values if isinstance(value, Tensor) and value.requires_grad), None)
         if first is not None:

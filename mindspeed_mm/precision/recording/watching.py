@@ -185,11 +185,19 @@ class Watch(ABC):
         if value.requires_grad and torch.is_grad_enabled() and seen.part_of_gradient is not None:
             key = Key("backward", seen.site, f"grad_{seen.what}{suffix}")
             rows = rows if rows is None or rows.spread is None else None  # a sum over the samples
-            value.register_hook(partial(self._see_gradient, key, seen, rows, call))
+            # Not ``seen``: a hook that holds its own tensor keeps it for ever.
+            value.register_hook(partial(self._see_gradient, key, seen.part_of_gradient, seen.batch, rows, call))
 
-    def _see_gradient(self, key: Key, seen: Seen, rows: Rows | None, call: Call | None, gradient: Tensor) -> None:
-        assert seen.part_of_gradient is not None
-        self._add(key, seen.part_of_gradient(gradient), seen.batch, rows)
+    def _see_gradient(
+        self,
+        key: Key,
+        part: Callable[[Tensor], Tensor | Placed],
+        batch: BatchRows,
+        rows: Rows | None,
+        call: Call | None,
+        gradient: Tensor,
+    ) -> None:
+        self._add(key, part(gradient), batch, rows)
         if call is not None:
             call.tensors[key.what.partition("@")[0]] = gradient.detach().clone()
 
