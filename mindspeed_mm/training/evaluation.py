@@ -114,6 +114,11 @@ def _full_pass(
     for batch, samples in _in_step(iterator, name):
         reports = engine.forward_backward(forward_step, Feed(iter([batch]), name, check), 1, forward_only=True)
         _add(totals, [_weighted(report, samples) for report in reports])
+    if not totals:
+        raise UserError(
+            f"--eval-iters -1: the {name} data gave no batch on any rank. Give it samples, or return None in place of "
+            "the loader from train_valid_test_datasets_provider."
+        )
     return totals
 
 
