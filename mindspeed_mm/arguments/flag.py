@@ -67,9 +67,9 @@ def integer(minimum: int | None = None) -> Kind:
     return {"type": _number(int, "a whole number", minimum, None), "metavar": "N"}
 
 
-def real(minimum: float | None = None, maximum: float | None = None) -> Kind:
-    """A finite number within the given bounds, both included."""
-    return {"type": _number(float, "a number", minimum, maximum), "metavar": "X"}
+def real(minimum: float | None = None, maximum: float | None = None, below: float | None = None) -> Kind:
+    """A finite number within the given bounds; ``minimum`` and ``maximum`` are included, ``below`` is not."""
+    return {"type": _number(float, "a number", minimum, maximum, below), "metavar": "X"}
 
 
 def one_of(*names: str) -> Kind:
@@ -85,8 +85,11 @@ def one_of(*names: str) -> Kind:
     return {"type": parse, "metavar": "{" + ",".join(names) + "}"}
 
 
-def _number(convert: Callable[[str], Any], noun: str, minimum: Any, maximum: Any) -> Callable[[str], Any]:
-    bounds = [f"{word} {bound}" for word, bound in (("at least", minimum), ("at most", maximum)) if bound is not None]
+def _number(
+    convert: Callable[[str], Any], noun: str, minimum: Any, maximum: Any, below: Any = None
+) -> Callable[[str], Any]:
+    limits = (("at least", minimum), ("at most", maximum), ("below", below))
+    bounds = [f"{word} {bound}" for word, bound in limits if bound is not None]
     wanted = f"{noun} {' and '.join(bounds)}".strip()
 
     def parse(text: str) -> Any:
@@ -95,7 +98,7 @@ def _number(convert: Callable[[str], Any], noun: str, minimum: Any, maximum: Any
         except ValueError:
             raise argparse.ArgumentTypeError(f"'{text}' is not {noun}; give {wanted}") from None
         too_low = minimum is not None and value < minimum
-        too_high = maximum is not None and value > maximum
+        too_high = (maximum is not None and value > maximum) or (below is not None and value >= below)
         if too_low or too_high or not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is out of range; give {wanted}")
         return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -70,7 +71,7 @@ class FSDP2Engine:
         self.fsdp_roots = _outermost(module)
         # What only the hosts know is agreed between hosts, so that they do not wait for their devices.
         ranks = dist.get_process_group_ranks(group)
-        self._host_group = host_group("replicated", ranks) if self.replicated else None
+        self._host_group = host_group("gradients", ranks) if self.world_size > 1 else None
 
     @property
     def parameter_count(self) -> int:
@@ -107,6 +108,7 @@ class FSDP2Engine:
             reports.append(result.report)
         if not forward_only:
             self._reduce_replicated()
+            self._check_gradients()
             factor = self._divide_by_all(counts) if self.divides_globally and counts else 1.0
             for listener in self.listeners:
                 listener.gradients_reduced(factor)
@@ -162,13 +164,45 @@ class FSDP2Engine:
         if not self.replicated:
             return
         took_part = torch.tensor([p.grad is not None for p in self.replicated], dtype=torch.int32)
-        dist.all_reduce(took_part, group=self._host_group)
+        if self._host_group is not None:
+            dist.all_reduce(took_part, group=self._host_group)
         for parameter, count in zip(self.replicated, took_part.tolist(), strict=True):
             if not count:
                 continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad, group=self.group)
+
+    def _check_gradients(self) -> None:
+        """Refuse gradients that FSDP2 has mixed up or has not seen.
+
+        It pairs those of the ranks by their place among the ones that exist, not by their names.
+        """
+        exist = bytes(p.grad is not None for p in self.parameters)
+        if self._host_group is not None:
+            mark = zlib.crc32(exist)
+            marks = torch.tensor([mark, -mark])
+            dist.all_reduce(marks, op=dist.ReduceOp.MAX, group=self._host_group)
+            if marks.numpy().sum() != 0:
+                raise UserError(self._name_difference(exist))
+        if not any(exist):
+            raise UserError(
+                "the loss has a gradient, but no parameter got one: FSDP2 finds the tensors that a model returns in "
+                "tuples, lists, dicts and Hugging Face's outputs. Let forward return one of these."
+            )
+
+    def _name_difference(self, exist: bytes) -> str:
+        everywhere: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everywhere, exist, group=self._host_group)
+        names = [name for name, p in self.module.named_parameters() if p.requires_grad]
+        position = next(i for i, flags in enumerate(zip(*everywhere, strict=True)) if len(set(flags)) > 1)
+        with_it = [rank for rank, flags in enumerate(everywhere) if flags[position]]
+        without = [rank for rank, flags in enumerate(everywhere) if not flags[position]]
+        return (
+            f"'{names[position]}' got a gradient on rank {with_it[0]} and none on rank {without[0]}: FSDP2 then adds "
+            "up gradients of different parameters. Let every rank use the same parameters in a step: add 0 times the "
+            "output of what a batch does not need to the loss."
+        )
 
     def _divide_by_all(self, counts: list[Tensor]) -> Tensor:
         """Return what the gradients were multiplied with."""

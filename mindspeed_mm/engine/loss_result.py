@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor
@@ -77,10 +77,16 @@ def read_loss(result: Any, *, per_token_loss: bool) -> LossResult:
         length = f" of length {len(result)}" if isinstance(result, (tuple, list)) else ""
         raise UserError(f"loss_func returned a {type(result).__name__}{length}. {_FORMS}")
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise UserError(f"loss_func returned {found} as the loss: it must be one number. {_FORMS}")
+        raise UserError(f"loss_func returned {_found(loss)} as the loss: it must be one number. {_FORMS}")
     if report is not None and not isinstance(report, dict):
         raise UserError(f"loss_func returned a {type(report).__name__} as the report: it must be a dict. {_FORMS}")
+    for key, value in (report or {}).items():
+        parts = value if isinstance(value, (tuple, list)) and len(value) == 2 else (value,)
+        if not all(_is_number(part) for part in parts):
+            raise UserError(
+                f"loss_func reported {_found(value)} as '{key}': it must be one number, or a pair of numbers "
+                "(numerator, denominator). Leave it out of the report where there is none."
+            )
     if num_tokens is not None:
         num_tokens = torch.as_tensor(num_tokens, device=loss.device).reshape(())
     loss = loss.reshape(())
@@ -89,3 +95,11 @@ def read_loss(result: Any, *, per_token_loss: bool) -> LossResult:
         summed = per_token_loss and num_tokens is not None
         read.report["loss"] = (loss.detach(), num_tokens) if summed else read.mean.detach()
     return read
+
+
+def _is_number(value: Any) -> bool:
+    return value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, SupportsFloat)
+
+
+def _found(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -60,6 +60,17 @@ def call_dataset_provider(provider: Callable[..., Any], sample_counts: list[int]
     return _to_iterator("train", train), _to_iterators("valid", valid), _to_iterators("test", test)
 
 
+def other_batch_size(train: Any, micro_batch_size: int) -> str | None:
+    """Return what to tell about a training loader whose batches are not the micro batches of the command line."""
+    size = getattr(getattr(train, "loader", None), "batch_size", None)
+    if not isinstance(size, int) or size == micro_batch_size:
+        return None
+    return (
+        f"the training loader has batch_size {size} and --micro-batch-size is {micro_batch_size}: consumed samples are "
+        f"counted as if a micro batch had {micro_batch_size}. Give both the same number."
+    )
+
+
 def _to_iterators(name: str, loaders: Any) -> dict[str, Iterator[Any]]:
     named = loaders if isinstance(loaders, Mapping) else {"": loaders}
     iterators = {key: _to_iterator(f"{name} '{key}'" if key else name, loader) for key, loader in named.items()}

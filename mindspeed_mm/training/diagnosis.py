@@ -60,7 +60,7 @@ def diagnose(
 
         def read(value: Any) -> Any:
             result = loss_func(value)
-            loss = float(read_loss(result, per_token_loss=False).loss)
+            loss = float(read_loss(result, per_token_loss=False).loss.detach())
             if finding.micro_batch is None and not math.isfinite(loss):
                 finding.micro_batch, finding.loss = index, loss
                 finding.keys = _keys_not_finite(taken[index].batch) if index < len(taken) else ()

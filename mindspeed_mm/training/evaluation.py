@@ -17,7 +17,7 @@ from mindspeed_mm.engine import Engine
 from mindspeed_mm.engine.base import ForwardStep, Report
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.feed import Check, Feed, count_samples
-from mindspeed_mm.training.reporting import merge_reports, perplexity, read_quotients
+from mindspeed_mm.training.reporting import agree_on_names, merge_reports, perplexity, read_quotients
 
 FULL_PASS = -1
 """``--eval-iters`` for all samples, once each."""
@@ -54,8 +54,10 @@ def evaluate(
                 totals = _full_pass(engine, forward_step, iterator, name, check)
             else:
                 totals = _steps(engine, forward_step, Feed(iterator, name, check), steps, num_microbatches)
-            means = read_quotients(torch.stack(list(totals.values())))
-            values |= {f"{key}/{dataset}" if dataset else key: v for key, v in zip(totals, means, strict=True)}
+            names = agree_on_names(totals)
+            nothing = torch.zeros_like(next(iter(totals.values())))
+            means = read_quotients(torch.stack([totals.get(name, nothing) for name in names]))
+            values |= {f"{key}/{dataset}" if dataset else key: v for key, v in zip(names, means, strict=True)}
     return values
 
 
@@ -112,6 +114,11 @@ def _full_pass(
     for batch, samples in _in_step(iterator, name):
         reports = engine.forward_backward(forward_step, Feed(iter([batch]), name, check), 1, forward_only=True)
         _add(totals, [_weighted(report, samples) for report in reports])
+    if not totals:
+        raise UserError(
+            f"--eval-iters -1: the {name} data gave no batch on any rank. Give it samples, or return None in place of "
+            "the loader from train_valid_test_datasets_provider."
+        )
     return totals
 
 

@@ -15,6 +15,7 @@ from mindspeed_mm.distributed import state
 from mindspeed_mm.distributed.frozen import freeze
 from mindspeed_mm.distributed.fsdp2 import ShardPlan, prepare_model
 from mindspeed_mm.distributed.meta import materialize, meta_init, module_init
+from mindspeed_mm.distributed.replicas import start_alike
 from mindspeed_mm.engine.fsdp2 import FSDP2Engine
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.common.strict_forward import leave_out_what_it_does_not_take
@@ -61,6 +62,7 @@ def build_model(args: Namespace, provider: Callable[..., Any]) -> tuple[nn.Modul
     _fill_megatron_layers(args, model)
     param_dtype = None if args.params_dtype_name == "fp32" else args.params_dtype_name
     plan = prepare_model(model, state.data_parallel_group(), args.fsdp2_config_path, param_dtype=param_dtype)
+    start_alike(model, state.data_parallel_group())
     for line in plan.lines():
         state.print_rank_0(line)
     if args.export_hf and not hasattr(hf_model(model), "save_pretrained"):

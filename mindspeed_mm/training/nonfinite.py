@@ -21,7 +21,7 @@ from mindspeed_mm.engine.base import ForwardStep
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.optimizer.schedule import Schedule
 from mindspeed_mm.training.diagnosis import Finding, diagnose
-from mindspeed_mm.training.reporting import StepRecord, TrainingLog, read_quotients
+from mindspeed_mm.training.reporting import StepRecord, TrainingLog, agree_on_names, read_quotients
 from mindspeed_mm.training.step_feed import TakenBatch, count_targets
 
 
@@ -116,8 +116,9 @@ class NonFinitePolicy:
         return step if self.policy == "rollback" else None
 
     def _values(self, record: StepRecord) -> str:
-        keys = list(record.values)
-        numbers = read_quotients(torch.stack([record.values[key] for key in keys])) if keys else []
+        keys = agree_on_names(record.values)
+        nothing = torch.zeros_like(next(iter(record.values.values())))
+        numbers = read_quotients(torch.stack([record.values.get(key, nothing) for key in keys]))
         return " | ".join(f"{key}: {value}" for key, value in zip(keys, numbers, strict=True))
 
     def _account(self, step: WatchedStep, values: str, norm: float) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -54,6 +55,22 @@ def merge_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
             pair = torch.stack([_scalar(part) for part in (value if isinstance(value, (tuple, list)) else (value, 1))])
             merged[key] = merged[key] + pair if key in merged else pair
     return merged
+
+
+def agree_on_names(names: Iterable[Any]) -> list[Any]:
+    """Return the names that any data-parallel rank reports, in the same order on all. A collective.
+
+    A batch decides what a ``loss_func`` reports, and ranks have different ones. Numbers meet by their place.
+    """
+    names, group = list(names), data_parallel_group()
+    mark = zlib.crc32(repr(names).encode()) >> 1
+    marks = torch.tensor([mark, -mark], dtype=torch.int32, device=accelerator.device())
+    dist.all_reduce(marks, op=dist.ReduceOp.MAX, group=group)
+    if marks.sum() == 0:
+        return names
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, names, group=group)
+    return list(dict.fromkeys(name for theirs in everyone for name in theirs))
 
 
 def read_quotients(pairs: Tensor) -> list[Any]:
@@ -167,7 +184,7 @@ class TrainingLog:
         records, self._records = self._records, []
         if not records:
             return
-        keys = list(dict.fromkeys(key for record in records for key in record.values))
+        keys = agree_on_names(dict.fromkeys(key for record in records for key in record.values))
         table = read_quotients(torch.stack([_row(record, keys) for record in records]))
         norms = _read_norms(records)
         tokens = torch.tensor([r.tokens for r in records], device=accelerator.device())

@@ -29,7 +29,7 @@ from mindspeed_mm.optimizer.schedule import Schedule
 from mindspeed_mm.tools.mem_profiler import memory_profiler
 from mindspeed_mm.tools.profiler import Profiler
 from mindspeed_mm.training import model_setup
-from mindspeed_mm.training.callbacks import Iterators, call_dataset_provider
+from mindspeed_mm.training.callbacks import Iterators, call_dataset_provider, other_batch_size
 from mindspeed_mm.training.checkpointing import Checkpointer
 from mindspeed_mm.training.evaluation import FULL_PASS, check_full_pass
 from mindspeed_mm.training.exits import ExitWatch
@@ -227,6 +227,8 @@ def _build_iterators(args: Namespace, provider: Callable[..., Any]) -> Iterators
     if args.eval_iters == FULL_PASS:  # who asks for all samples knows how many there are
         counts[1:] = [0, 0]
     train, valid, test = call_dataset_provider(provider, [n * args.global_batch_size for n in counts])
+    if warning := other_batch_size(train, args.micro_batch_size):
+        state.warn_rank_0(warning)
     if args.eval_iters == FULL_PASS:
         check_full_pass(valid, "validation")
         check_full_pass(test, "test")

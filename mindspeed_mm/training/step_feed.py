@@ -126,12 +126,17 @@ def replay(taken: list[TakenBatch]) -> Iterator[Any]:
 def count_targets(taken: list[TakenBatch]) -> int | None:
     """Return the labels of these batches that are targets.
 
-    None when that says nothing: one has no labels in host memory, or bad samples were left out of it.
+    None when that says nothing: one has no labels for each of its tokens in host memory, or bad samples were left out
+    of it.
     """
     total = 0
     for item in taken:
-        labels = item.batch.get("labels") if isinstance(item.batch, Mapping) else None
-        if not (isinstance(labels, Tensor) and labels.is_cpu) or isinstance(item.batch, Batch):
+        if isinstance(item.batch, Batch) or not isinstance(item.batch, Mapping):
+            return None
+        labels, tokens = item.batch.get("labels"), item.batch.get("input_ids")
+        if not (isinstance(labels, Tensor) and labels.is_cpu and isinstance(tokens, Tensor)):
+            return None
+        if labels.shape != tokens.shape:  # classes, not next tokens
             return None
         total += int((labels[..., 1:] != IGNORE).sum())
     return total

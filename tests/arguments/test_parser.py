@@ -105,7 +105,7 @@ def sample(flag: Flag) -> list[str]:
     if "action" in flag.kind:
         return ["plugin.py"] if flag.kind["action"] == "append" else []
     choices = flag.kind["metavar"].strip("{}").split(",")
-    return [{"N": "1", "X": "1", "TEXT": "a", "PATH": "a", "BACKEND": "gloo"}.get(choices[0], choices[0])]
+    return [{"N": "1", "X": "0.5", "TEXT": "a", "PATH": "a", "BACKEND": "gloo"}.get(choices[0], choices[0])]
 
 
 @pytest.mark.parametrize("flag", FLAGS.values(), ids=FLAGS)
@@ -164,6 +164,7 @@ def test_values() -> None:
         ("--lr nan", "--lr: nan is out of range"),
         ("--train-iters 1.5", "--train-iters: '1.5' is not a whole number; give a whole number at least 1"),
         ("--lr-warmup-fraction 2", "--lr-warmup-fraction: 2 is out of range; give a number at least 0 and at most 1"),
+        ("--adam-beta1 1", "--adam-beta1: 1 is out of range; give a number at least 0 and below 1"),
         ("--log-interval 0", "--log-interval: 0 is out of range; give a whole number at least 1"),
         ("--save-interval 0", "--save-interval: 0 is out of range"),
         ("--eval-interval 0", "--eval-interval: 0 is out of range"),

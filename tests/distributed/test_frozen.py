@@ -171,7 +171,7 @@ def unreduced(model: torch.nn.Module) -> int:
 
 
 class Reductions(TorchDispatchMode):
-    """Counts the bytes given to collectives that reduce."""
+    """Counts the bytes of gradients given to collectives that reduce; hosts agree on integers."""
 
     bytes = 0
 
@@ -181,7 +181,7 @@ class Reductions(TorchDispatchMode):
         if name == "c10d::_reduce_scatter_base_" and args[0].numel() < args[1].numel():
             self.bytes += byte_size([args[1]])
         elif name == "c10d::allreduce_":
-            self.bytes += byte_size(args[0])
+            self.bytes += byte_size(t for t in args[0] if t.is_floating_point())
         return func(*args, **(kwargs or {}))
 
 

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from mindspeed_mm.configs.fsdp2 import Fsdp2Config
 from mindspeed_mm.distributed import fsdp2
+from mindspeed_mm.distributed.replicas import start_alike
 from mindspeed_mm.engine.fsdp2 import FSDP2Engine
 from mindspeed_mm.errors import UserError
 from tests.distributed.tiny import Tiny, assert_same_gradients, batches, full, loss_of, shard, tiny
@@ -352,3 +353,62 @@ def check_mixed_unit() -> None:
 
 def test_a_unit_of_several_dtypes_is_an_error_that_names_it(ranks1: RankPool) -> None:
     ranks1.run(check_mixed_unit)
+
+
+def check_replicas(keys: dict[str, Any], copies: int) -> None:
+    torch.manual_seed(dist.get_rank())
+    model = Tiny()
+    shard(model, **keys)
+    start_alike(model)
+    found = 0
+    for name, param in model.named_parameters():
+        if isinstance(param, DTensor) and param.placements[0].is_shard():
+            continue
+        mine = param.detach().to_local() if isinstance(param, DTensor) else param.detach()
+        everywhere = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(everywhere, mine)
+        assert torch.equal(*everywhere), name
+        found += 1
+    assert found == copies
+
+
+@pytest.mark.parametrize(("keys", "copies"), [({}, 13), ({**LAYERS, "ignored_modules": ["tower", "head"]}, 5)])
+def test_copies_start_alike_whatever_each_rank_has_drawn(ranks2: RankPool, keys: dict[str, Any], copies: int) -> None:
+    ranks2.run(check_replicas, keys, copies)
+
+
+class Opaque:
+    """Nothing that PyTorch looks into."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.value = value
+
+
+class Either(nn.Module):
+    """Each rank has a part of its own."""
+
+    def __init__(self, hides: bool) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+        self.hides = hides
+
+    def forward(self, x: torch.Tensor) -> Any:
+        output = self.parts[dist.get_rank()](x).sum()
+        return Opaque(output) if self.hides else (output,)
+
+
+def check_gradients_that_cannot_be(words: str, hides: bool) -> None:
+    model = Either(hides)
+    shard(model, sharding_size="auto", sub_modules_to_wrap=[])
+    engine = FSDP2Engine(model, torch.optim.SGD(model.parameters(), lr=1.0), group=dist.group.WORLD, clip_grad=0.0)
+    loss_func = lambda output: output.value if hides else output[0]  # noqa: E731
+    with pytest.raises(UserError, match=words):
+        engine.forward_backward(lambda _, module: (module(torch.ones(2, 3)), loss_func), None, 1)
+
+
+def test_gradients_of_different_parameters_are_not_added_up(ranks2: RankPool) -> None:
+    ranks2.run(check_gradients_that_cannot_be, "'parts.0.weight' got a gradient on rank 0 and none on rank 1", False)
+
+
+def test_an_output_whose_tensors_fsdp_does_not_find_is_an_error(ranks1: RankPool) -> None:
+    ranks1.run(check_gradients_that_cannot_be, "no parameter got one: .* tuples, lists, dicts", True)

@@ -53,3 +53,14 @@ def test_anything_else_is_an_error_that_names_the_forms(value: object, message: 
     with pytest.raises(UserError, match=message) as error:
         read_loss(value, per_token_loss=False)
     assert "(loss_sum, num_tokens, report)" in str(error.value)
+
+
+@pytest.mark.parametrize("value", [torch.ones(4), "train", None, (1.0, 2.0, 3.0), (torch.ones(2), 2)])
+def test_a_reported_value_that_is_no_number_is_named(value: object) -> None:
+    with pytest.raises(UserError, match="as 'each': it must be one number, or a pair"):
+        read_loss((LOSS, {"loss": 1.0, "each": value}), per_token_loss=False)
+
+
+@pytest.mark.parametrize("value", [1, 0.5, True, torch.ones(1, 1), (torch.tensor(3), 4), [torch.ones(1), 2.0]])
+def test_numbers_and_pairs_of_them_are_reported(value: object) -> None:
+    assert read_loss((LOSS, {"each": value}), per_token_loss=False).report == {"each": value}

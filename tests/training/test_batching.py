@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mindspeed_mm.data import build_mm_dataset
+from mindspeed_mm.data.iterators import CyclicIterator
+from mindspeed_mm.training.callbacks import other_batch_size
 from tests.ranks import RankPool
 from tests.training.job import Job
 from tests.training.test_data_rows import listed, with_bad_rows
@@ -103,3 +106,12 @@ def test_bad_rows_of_a_packed_stream_change_nothing_on_any_number_of_ranks_nor_o
         assert sorted(row for row, _ in listed(tmp_path / name)) == [2, 4, 6, 8], json.dumps(listed(tmp_path / name))
     same = [tensors(tmp_path / name / "iter_0000006") for name in ("two", "resumed")]
     assert not [key for key, value in same[0].items() if not (value == same[1][key]).all()]
+
+
+@pytest.mark.parametrize(("size", "warns"), [(4, False), (8, True), (None, False)])
+def test_a_loader_of_another_batch_size_is_told_of(size: int | None, warns: bool) -> None:
+    loader = torch.utils.data.DataLoader([torch.ones(2)] * 8, batch_size=size)
+    warning = other_batch_size(CyclicIterator(loader), 4)
+    assert bool(warning) is warns
+    assert warning is None or "batch_size 8 and --micro-batch-size is 4" in warning
+    assert other_batch_size(iter([]), 4) is other_batch_size(None, 4) is None

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from mindspeed_mm.data import build_mm_dataloader, build_mm_dataset
+from mindspeed_mm.data.iterators import CyclicIterator
 from mindspeed_mm.data.samplers import DistributedBatchSampler
 from tests.data.tiny import write_jsonl
 from tests.ranks import RankPool
@@ -172,6 +174,22 @@ def test_loaders_of_unequal_length_do_not_hang(ranks2: RankPool, tmp_path: Path)
     saved = tensors(tmp_path / "iter_0000001")
     net.load_state_dict({name: saved[f"model.{name}"] for name in net.state_dict()})
     assert found == pytest.approx(net(data.images, data.labels).item(), rel=1e-6)
+
+
+def full_pass_over_nothing(folder: str) -> None:
+    from mindspeed_mm.distributed import state
+    from mindspeed_mm.errors import UserError
+    from mindspeed_mm.training.evaluation import evaluate
+    from tests.training.script import Net, forward_step
+
+    state.initialize(None, state.RankInfo.from_environment(), backend="gloo", timeout=None)
+    engine = SimpleNamespace(module=Net())
+    with pytest.raises(UserError, match="--eval-iters -1: the validation data gave no batch on any rank"):
+        evaluate(engine, forward_step, {"": CyclicIterator([])}, steps=-1, num_microbatches=1, name="validation")
+
+
+def test_a_full_pass_over_nothing_is_an_error(ranks2: RankPool, tmp_path: Path) -> None:
+    ranks2.run(full_pass_over_nothing, str(tmp_path))
 
 
 def events(folder: Path) -> Any:

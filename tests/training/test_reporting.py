@@ -83,6 +83,44 @@ def test_quotients_over_ranks(ranks2: RankPool) -> None:
     assert ranks2.run(quotients_of_rank) == [[2.0, 3.0, 0.0]] * 2
 
 
+def log_what_differs(folder: str, names: tuple[tuple[str, ...], ...]) -> None:
+    import torch.distributed as dist
+
+    from mindspeed_mm.distributed import state
+
+    state.initialize(None, state.RankInfo.from_environment(), backend="gloo", timeout=None)
+    rank = dist.get_rank()
+    log = TrainingLog(
+        train_iters=1,
+        log_interval=1,
+        global_batch_size=8,
+        metrics_path=Path(folder) / "metrics.jsonl",
+        start_iteration=0,
+        sinks=[],
+        sink_interval=1,
+        flops_per_token=None,
+    )
+    values = merge_reports([{name: torch.tensor(float(len(name) + rank)) for name in names[rank]}])
+    log.add(StepRecord(1, 8, 1e-3, values, torch.tensor(2.0), 0.5, 0.1, 100, False))
+    log.write()
+    log.close()
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ((("loss", "text"), ("loss", "image")), {"loss": 4.5, "text": 4.0, "image": 6.0}),
+        ((("loss",), ("image", "loss")), {"loss": 4.5, "image": 6.0}),
+    ],
+)
+def test_ranks_that_report_different_names_are_not_mixed_up(
+    ranks2: RankPool, tmp_path: Path, names: Any, expected: dict[str, float]
+) -> None:
+    ranks2.run(log_what_differs, str(tmp_path), names)
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert {key: row[key] for key in ("loss", "text", "image") if key in row} == expected
+
+
 def write_log(folder: str) -> None:
     from mindspeed_mm.distributed import state
 
@@ -168,7 +206,7 @@ def test_wandb_gets_every_value_over_iterations(tmp_path: Path, monkeypatch: pyt
 def test_a_log_writes_steps_and_validation_to_its_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[tuple[dict[str, float], int, int]] = []
     sink = SimpleNamespace(write=lambda *row: rows.append(row), close=lambda: rows.append(({}, 0, 0)))
-    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor, group=None: None)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor, **_: None)
     for group in ("data_parallel_group", "loader_group"):
         monkeypatch.setattr(f"mindspeed_mm.training.reporting.{group}", lambda: None)
     log = TrainingLog(

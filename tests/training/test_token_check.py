@@ -10,6 +10,7 @@ from torch import nn
 
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.feed import count_samples
+from mindspeed_mm.training.step_feed import TakenBatch, count_targets
 from mindspeed_mm.training.token_check import TokenCheck
 
 
@@ -65,3 +66,16 @@ def test_other_models_and_other_batches_are_left_alone() -> None:
         TokenCheck(Language())(batch, lambda: None)
     images = {"input_ids": torch.tensor([[1]]), "labels": torch.tensor([99])}  # of another task
     TokenCheck(Language())(images, lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("batch", "count"),
+    [
+        ({"input_ids": torch.zeros(1, 3), "labels": torch.tensor([[5, -100, 7]])}, 1),
+        ({"input_ids": torch.zeros(1, 3), "labels": torch.tensor([[5, -100, -100]])}, 0),
+        ({"input_ids": torch.zeros(1, 3), "labels": torch.tensor([4])}, None),
+        ({"x": torch.zeros(1, 3), "labels": torch.tensor([[4]])}, None),
+    ],
+)
+def test_only_labels_of_tokens_tell_that_nothing_is_a_target(batch: dict[str, torch.Tensor], count: int | None) -> None:
+    assert count_targets([TakenBatch(batch, {}, None, 0, 1)]) == count
