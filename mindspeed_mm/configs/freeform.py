@@ -10,13 +10,16 @@ from pydantic_core import CoreSchema, core_schema
 
 from mindspeed_mm.errors import did_you_mean
 
+_SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+
 
 class FreeForm(dict[str, Any]):
     """A dict whose keys are also attributes, at every depth: ``cfg.predictor.patch_size[0]``.
 
     Nested mappings, also those inside lists, become ``FreeForm`` when they are set. A key that has the name of a
-    dict method (``items``, ``copy``) is reached as ``cfg["items"]``. The documented name of this class is
-    ``ConfigReader``.
+    dict method (``items``, ``copy``) is reached as ``cfg["items"]``. As an attribute, ``dtype`` is a dtype of torch:
+    ``cfg.ae.dtype`` is ``torch.bfloat16`` where ``cfg.ae["dtype"]`` is ``"bf16"``. The documented name of this class
+    is ``ConfigReader``.
     """
 
     __slots__ = ()
@@ -41,7 +44,7 @@ class FreeForm(dict[str, Any]):
 
     def __getattr__(self, key: str) -> Any:
         try:
-            return self[key]
+            return _torch_dtype(self[key]) if key == "dtype" else self[key]
         except KeyError:
             raise AttributeError(f"no key '{key}' here.{did_you_mean(key, self)} Keys: {', '.join(self)}") from None
 
@@ -81,3 +84,12 @@ def _release(value: Any) -> Any:
     if isinstance(value, list):
         return [_release(item) for item in value]
     return value
+
+
+def _torch_dtype(value: Any) -> Any:
+    """Return the dtype of torch that a text names, anything else as it is."""
+    import torch
+
+    name = _SHORT_DTYPES.get(value, value) if isinstance(value, str) else None
+    dtype = getattr(torch, name.removeprefix("torch."), None) if name else None
+    return dtype if isinstance(dtype, torch.dtype) else value

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import torch
 from pydantic import Field, ValidationError
 
 from mindspeed_mm.configs.base import Config, FreeForm, InputPath, load_config
@@ -128,6 +129,17 @@ class TestFreeForm:
         assert (tree.f.g, tree.a.h.i, tree.j.k) == (1, 2, 3)
         del tree.f
         assert not hasattr(tree, "f")
+
+    @pytest.mark.parametrize("name", ["bf16", "bfloat16", "torch.bfloat16"])
+    def test_a_dtype_is_one_of_torch_as_an_attribute(self, name: str) -> None:
+        tree = FreeForm(ae={"dtype": name})
+        assert (
+            tree.ae.dtype is torch.bfloat16 and tree.ae["dtype"] == name and tree.to_dict() == {"ae": {"dtype": name}}
+        )
+
+    @pytest.mark.parametrize("other", ["auto", "nn", None, 8])
+    def test_another_dtype_is_what_it_is(self, other: Any) -> None:
+        assert FreeForm(dtype=other).dtype == other
 
     def test_to_dict_is_plain(self) -> None:
         tree = FreeForm(a={"b": [{"c": 1}]})
