@@ -16,7 +16,7 @@ from typing import BinaryIO
 import torch.distributed as dist
 
 from mindspeed_mm.checkpoint import manifest
-from mindspeed_mm.checkpoint.coordination import gather, rank, run_together
+from mindspeed_mm.checkpoint.coordination import gather, group_position, rank, run_together
 from mindspeed_mm.checkpoint.manifest import FileRecord
 from mindspeed_mm.distributed.state import RankInfo, print_rank_0
 from mindspeed_mm.errors import UserError
@@ -73,37 +73,26 @@ def keeps(folder: str | Path) -> bool:
     return bool(first == rank())
 
 
-@dataclass(frozen=True)
-class Copies:
-    """Where the ranks find a checkpoint.
-
-    Attributes:
-        position: this rank's number among the ranks that see the same disk as it does.
-        ranks: how many they are.
-        copied: files that some disk was given.
-    """
-
-    position: int
-    ranks: int
-    copied: int = 0
-
-
-def complete(path: Path, group: dist.ProcessGroup | None = None) -> Copies:
+def complete(path: Path, group: dist.ProcessGroup | None = None) -> tuple[int, int]:
     """Give every disk the files of the checkpoint ``path`` that it lacks and another one has. A collective.
 
     A file that no disk has is left to the check that follows.
 
+    Returns:
+        This rank's number among the ranks that see the same disk as it does, and how many they are.
+
     Raises:
         UserError: the hosts have different checkpoints of that name, or one cannot be written to.
     """
-    views = gather(_look(path), group)
+    what = f"looking for {path}"
+    views = gather(run_together(what, lambda: _look(path), group), group)
     disks = [view.disk for view in views]
-    me = dist.get_rank(group) if dist.is_initialized() else 0
+    me, _ = group_position(group)
     here = [number for number, disk in enumerate(disks) if disk == disks[me]]
-    copies = Copies(here.index(me), len(here))
+    share = here.index(me), len(here)
     known = {view.manifest for view in views} - {None}
     if len(set(disks)) == 1 or not known:
-        return copies
+        return share
     if len(known) > 1:
         hosts = sorted({view.host for view in views})
         raise UserError(f"{path} is not the same checkpoint on {', '.join(hosts)}; remove those that are not wanted")
@@ -112,7 +101,8 @@ def complete(path: Path, group: dist.ProcessGroup | None = None) -> Copies:
     read = run_together(f"reading {path}", lambda: manifest.read(path) if me == source else None, group)
     files: dict[str, FileRecord | None] = dict(gather(read, group)[source].files)
     files[manifest.NAME] = None  # last: with it a folder is a checkpoint
-    there = gather({file.name for file in path.iterdir()} if path.is_dir() else set(), group)
+    names = run_together(what, lambda: {file.name for file in path.iterdir()} if path.is_dir() else set(), group)
+    there = gather(names, group)
     firsts = sorted({disks.index(disk) for disk in disks})
     copied = 0
     for name, record in files.items():
@@ -123,7 +113,7 @@ def complete(path: Path, group: dist.ProcessGroup | None = None) -> Copies:
             copied += 1
     if copied:
         print_rank_0(f" {path}: {copied} files were copied to disks of hosts that did not have them")
-    return Copies(copies.position, copies.ranks, copied)
+    return share
 
 
 @dataclass(frozen=True)

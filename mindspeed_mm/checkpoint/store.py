@@ -305,8 +305,7 @@ def _choose(
     candidates, refused = answer
     for name in candidates:
         path = Path(os.path.normpath(Path(load_dir) / name))
-        copies = complete(path, group)
-        condition = inspect(path, group, alone=False, share=(copies.position, copies.ranks))
+        condition = inspect(path, group, alone=False, share=complete(path, group))
         if condition.good:
             notes = [*refused, f"loading {path} instead"] if refused else []
             if condition.manifest is None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mindspeed_mm.data.formats import FormatError
 from mindspeed_mm.data.preparation import writable
+from mindspeed_mm.data.sample_store import write_whole
 
 
 def locate(path: str, folder: str | Path, kind: str) -> str:
@@ -65,8 +66,6 @@ def keep(content: bytes, folder: Path | None, kind: str) -> str:
     path = folder.absolute() / name[:2] / name
     # The size tells a whole file from one that a power cut has left: flushing each would take longer than all else.
     if not (path.is_file() and path.stat().st_size == len(content)):
-        with writable(path.parent):
-            temporary = path.with_name(f"{name}.{os.uname().nodename}.{os.getpid()}.tmp")
-            temporary.write_bytes(content)
-            temporary.replace(path)
+        with writable(path.parent), write_whole(path, flush=False) as file:
+            file.write(content)
     return str(path)

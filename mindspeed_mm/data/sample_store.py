@@ -15,14 +15,18 @@ _MAX_OPEN = 64
 
 
 @contextmanager
-def write_whole(path: Path) -> Iterator[BinaryIO]:
-    """Write a file that others see either whole or not at all, also those on other nodes and after a crash."""
+def write_whole(path: Path, *, flush: bool = True) -> Iterator[BinaryIO]:
+    """Write a file that others see either whole or not at all, also those on other nodes and after a crash.
+
+    Without ``flush``, which takes its time, a power cut may leave it short.
+    """
     temporary = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
