@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.optim import Optimizer
 from mindspeed_mm import accelerator
 from mindspeed_mm.distributed.grad_norm import clip_by_norm, scale_gradients, total_grad_norm
 from mindspeed_mm.distributed.phases import phase
-from mindspeed_mm.distributed.state import host_group
+from mindspeed_mm.distributed.state import host_group, same_on_all
 from mindspeed_mm.engine.base import ForwardStep, Listener, Report, StepResult
 from mindspeed_mm.engine.loss_result import LossResult, at_least_one, one_if_finite, read_forward, read_loss
 from mindspeed_mm.errors import UserError
@@ -179,12 +178,8 @@ class FSDP2Engine:
         It pairs those of the ranks by their place among the ones that exist, not by their names.
         """
         exist = bytes(p.grad is not None for p in self.parameters)
-        if self._host_group is not None:
-            mark = zlib.crc32(exist)
-            marks = torch.tensor([mark, -mark])
-            dist.all_reduce(marks, op=dist.ReduceOp.MAX, group=self._host_group)
-            if marks.numpy().sum() != 0:
-                raise UserError(self._name_difference(exist))
+        if self._host_group is not None and not same_on_all(exist, self._host_group, torch.device("cpu")):
+            raise UserError(self._name_difference(exist))
         if not any(exist):
             raise UserError(
                 "the loss has a gradient, but no parameter got one: FSDP2 finds the tensors that a model returns in "

@@ -17,7 +17,7 @@ from mindspeed_mm.engine import Engine
 from mindspeed_mm.engine.base import ForwardStep, Report
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.feed import Check, Feed, count_samples
-from mindspeed_mm.training.reporting import agree_on_names, merge_reports, perplexity, read_quotients
+from mindspeed_mm.training.reporting import merge_reports, perplexity, read_means
 
 FULL_PASS = -1
 """``--eval-iters`` for all samples, once each."""
@@ -54,10 +54,7 @@ def evaluate(
                 totals = _full_pass(engine, forward_step, iterator, name, check)
             else:
                 totals = _steps(engine, forward_step, Feed(iterator, name, check), steps, num_microbatches)
-            names = agree_on_names(totals)
-            nothing = torch.zeros_like(next(iter(totals.values())))
-            means = read_quotients(torch.stack([totals.get(name, nothing) for name in names]))
-            values |= {f"{key}/{dataset}" if dataset else key: v for key, v in zip(names, means, strict=True)}
+            values |= {f"{key}/{dataset}" if dataset else key: mean for key, mean in read_means(totals).items()}
     return values
 
 

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 
 from mindspeed_mm.accelerator import HostRead
@@ -21,7 +20,7 @@ from mindspeed_mm.engine.base import ForwardStep
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.optimizer.schedule import Schedule
 from mindspeed_mm.training.diagnosis import Finding, diagnose
-from mindspeed_mm.training.reporting import StepRecord, TrainingLog, agree_on_names, read_quotients
+from mindspeed_mm.training.reporting import StepRecord, TrainingLog, read_means
 from mindspeed_mm.training.step_feed import TakenBatch, count_targets
 
 
@@ -116,10 +115,7 @@ class NonFinitePolicy:
         return step if self.policy == "rollback" else None
 
     def _values(self, record: StepRecord) -> str:
-        keys = agree_on_names(record.values)
-        nothing = torch.zeros_like(next(iter(record.values.values())))
-        numbers = read_quotients(torch.stack([record.values.get(key, nothing) for key in keys]))
-        return " | ".join(f"{key}: {value}" for key, value in zip(keys, numbers, strict=True))
+        return " | ".join(f"{key}: {mean}" for key, mean in read_means(record.values).items())
 
     def _account(self, step: WatchedStep, values: str, norm: float) -> str:
         group = data_parallel_group()

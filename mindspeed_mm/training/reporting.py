@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,7 +19,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed_mm import accelerator
-from mindspeed_mm.distributed.state import data_parallel_group, is_last_rank, loader_group, print_line, print_rank_last
+from mindspeed_mm.distributed.state import (
+    data_parallel_group,
+    is_last_rank,
+    loader_group,
+    print_line,
+    print_rank_last,
+    same_on_all,
+)
 from mindspeed_mm.training.patient_file import PatientFile
 from mindspeed_mm.training.sinks import Shown, Sink
 
@@ -63,14 +69,22 @@ def agree_on_names(names: Iterable[Any]) -> list[Any]:
     A batch decides what a ``loss_func`` reports, and ranks have different ones. Numbers meet by their place.
     """
     names, group = list(names), data_parallel_group()
-    mark = zlib.crc32(repr(names).encode()) >> 1
-    marks = torch.tensor([mark, -mark], dtype=torch.int32, device=accelerator.device())
-    dist.all_reduce(marks, op=dist.ReduceOp.MAX, group=group)
-    if marks.sum() == 0:
+    if same_on_all(repr(names).encode(), group, accelerator.device()):
         return names
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, names, group=group)
     return list(dict.fromkeys(name for theirs in everyone for name in theirs))
+
+
+def read_means(values: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the quotient of every name that any data-parallel rank reports. A collective.
+
+    Args:
+        values: by name, numerator and denominator of this rank, (2,); at least one.
+    """
+    names = agree_on_names(values)
+    nothing = torch.zeros_like(next(iter(values.values())))
+    return dict(zip(names, read_quotients(torch.stack([values.get(name, nothing) for name in names])), strict=True))
 
 
 def read_quotients(pairs: Tensor) -> list[Any]:
