@@ -12,6 +12,7 @@ from types import ModuleType
 
 import torch
 
+from mindspeed_mm.accelerator.host_memory import keep_freed_memory
 from mindspeed_mm.errors import UserError, did_you_mean
 
 DEVICE_TYPES = ("cpu", "cuda", "npu")
@@ -76,12 +77,13 @@ def has_float64() -> bool:
 
 
 def set_device(local_rank: int) -> None:
-    """Bind this process to the accelerator with index ``local_rank``; nothing to do on a CPU.
+    """Bind this process to the accelerator with index ``local_rank``; on a CPU let it keep memory between steps.
 
     Raises:
         UserError: the host has fewer accelerators than that.
     """
     if is_cpu():
+        keep_freed_memory()
         return
     if local_rank >= device_count():
         raise UserError(

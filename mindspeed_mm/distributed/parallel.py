@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,16 +53,42 @@ def create_groups(sizes: ParallelSizes, timeout: timedelta | None = None) -> Non
             return
         destroy_groups()
     minutes = {} if timeout is None else {"distributed_timeout_minutes": timeout.total_seconds() / 60}
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=sizes.tensor,
-        pipeline_model_parallel_size=sizes.pipeline,
-        virtual_pipeline_model_parallel_size=sizes.virtual,
-        context_parallel_size=sizes.context,
-        expert_model_parallel_size=sizes.expert,
-        expert_tensor_parallel_size=sizes.splits_experts,
-        **minutes,
-    )
+    with _one_group_of_the_same_ranks() if accelerator.is_cpu() else nullcontext():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=sizes.tensor,
+            pipeline_model_parallel_size=sizes.pipeline,
+            virtual_pipeline_model_parallel_size=sizes.virtual,
+            context_parallel_size=sizes.context,
+            expert_model_parallel_size=sizes.expert,
+            expert_tensor_parallel_size=sizes.splits_experts,
+            **minutes,
+        )
     _sizes = sizes
+
+
+@contextmanager
+def _one_group_of_the_same_ranks() -> Iterator[None]:
+    """Let megatron-core make one group where it makes several of the same ranks, a score of them on a single rank.
+
+    A gloo group has a thread that wakes 100 times a second: a score of them took 3 % of a step on two cores. The
+    groups of other libraries work side by side, on streams of their own: those stay as they are.
+    """
+    from megatron.core import parallel_state
+
+    made: dict[Any, dist.ProcessGroup] = {}
+    create = parallel_state.create_group
+
+    def create_once(ranks: Sequence[int], *args: Any, backend: str | None = None, **kwargs: Any) -> dist.ProcessGroup:
+        key = tuple(ranks), backend  # those it asks gloo for it destroys, and DTensor keeps the others in its caches
+        if key not in made:
+            made[key] = create(ranks, *args, backend=backend, **kwargs)
+        return made[key]
+
+    parallel_state.create_group = create_once
+    try:
+        yield
+    finally:
+        parallel_state.create_group = create
 
 
 def destroy_groups() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import random
+import resource
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -113,6 +116,31 @@ def test_megatron_core_imports_without_dynamo_and_compile_is_put_back() -> None:
     )
     result = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.ranks
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+@pytest.mark.parametrize("chosen", [{}, {"MALLOC_TRIM_THRESHOLD_": "131072"}])
+def test_memory_of_a_step_is_kept_for_the_next_unless_the_user_has_chosen(chosen: dict[str, str]) -> None:
+    code = """if True:
+        import resource, torch
+        from mindspeed_mm import accelerator
+
+        def page_faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            kept = [torch.ones(5 << 20) for _ in range(10)]  # 20 MiB each
+            del kept
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+        accelerator.set_device(0)
+        print(*(page_faults() for _ in range(5)))
+    """
+    environment = {**os.environ, **chosen}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    faults = [int(n) for n in result.stdout.split()]
+    pages = 10 * (20 << 20) // resource.getpagesize()
+    assert faults[0] > 0.9 * pages
+    assert faults[-1] > 0.9 * pages if chosen else faults[-1] < 0.1 * pages
 
 
 @pytest.mark.parametrize("accumulates", [True, False])
