@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.precision.recording.anomaly import read_anomaly_plan
-from mindspeed_mm.precision.records.record import Key, Record
+from mindspeed_mm.precision.recording.anomaly import AnomalyPlan, AnomalyRing, read_anomaly_plan
+from mindspeed_mm.precision.recording.view import PlainView
+from mindspeed_mm.precision.records.record import Key, Record, RecordWriter
 from mindspeed_mm.precision.records.sketch import distance
 from tests.precision.runs import record
 from tests.precision.test_recorder import batches
@@ -76,7 +79,45 @@ def test_the_steps_before_an_anomaly_are_kept_and_replayed(job: Job, ranks1: Ran
     assert {sample.name for sample in again.samples} == {sample.name for sample in kept.step(bad - 1).samples}
 
 
-@pytest.mark.parametrize("text", ["dump=0", "3", "dump=3,spike=1", "dumps=3"])
+def leaps_of_the_loss(folder: Path, bad: dict[int, tuple[float, float]], dump: int) -> list[str]:
+    """Make 14 steps of two ranks' losses, 1 and 2 but in bad steps; return what was written."""
+    rank = dist.get_rank()
+    ring = AnomalyRing(PlainView(torch.nn.Linear(2, 2)), RecordWriter(folder, rank, 2), AnomalyPlan(dump=dump))
+    found = []
+    for step in range(14):
+        ring.step_begins(step)
+        ring.take([], list)
+        ring.loss(torch.tensor(bad.get(step, (1.0, 2.0))[rank]))
+        ring.gradients_reduced()
+        ring.gradients_clipped(torch.tensor(1.0))
+        found.append(ring.step_ends(1e-3))
+    found.append(ring.stop())
+    return [path.name for path in found if path]
+
+
+@pytest.mark.parametrize(
+    ("bad", "expected"),
+    [
+        ({}, []),
+        ({3: (100.0, 2.0)}, []),  # nobody knows yet what is usual
+        ({9: (1.0, 8.1), 11: (4.0, 4.9)}, ["step_0000009"]),  # 9.1 and 8.9, where 3 is usual
+        ({13: (9.1, 0.0)}, ["step_0000013"]),  # the last one
+        ({2: (math.nan, 2.0), 10: (1.0, math.inf)}, ["step_0000002", "step_0000010"]),
+    ],
+)
+def test_a_leap_of_the_loss_of_one_rank_is_an_anomaly_on_all(
+    ranks2: RankPool, tmp_path: Path, bad: dict[int, tuple[float, float]], expected: list[str]
+) -> None:
+    assert ranks2.run(leaps_of_the_loss, tmp_path, bad, dump=3) == [expected, expected]
+    assert ranks2.run(leaps_of_the_loss, tmp_path, bad, dump=2) == [expected, expected], "in its place"
+    for name in expected:
+        kept = Record.open(tmp_path / name)
+        step = kept.manifest["anomaly"]["step"]
+        assert kept.steps == [step - 1, step]
+        assert kept.manifest["anomaly"]["loss"] == pytest.approx(sum(bad[step]), nan_ok=True)
+
+
+@pytest.mark.parametrize("text", ["dump=0", "3", "dump=3,spike=1", "dumps=3", "loss=0.5", "dump=nan", "spike=x"])
 def test_an_anomaly_plan_that_cannot_be_read_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="dump=3"):
         read_anomaly_plan(text)

@@ -32,8 +32,8 @@ PRECISION = Group(
             "--precision-on-anomaly",
             TEXT,
             None,
-            "'dump=3': when a loss or gradient is not finite, or the gradient norm leaps, write down the last 3 steps "
-            "and a script that replays them",
+            "'dump=3': when a loss or gradient is not finite, or its norm or the loss leaps, write down the last 3 "
+            "steps and a script that replays them",
         ),
         Flag(
             "--log-local-norm",

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from mindspeed_mm import accelerator
 from mindspeed_mm.accelerator import HostRead
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.precision.recording.pool import StepPool
@@ -23,7 +25,7 @@ from mindspeed_mm.precision.recording.view import ModelView
 from mindspeed_mm.precision.records.record import Key, RankStep, RecordWriter, SampleFingerprint
 
 _HISTORY = 64
-_ENOUGH = 8  # norms before a leap can be told
+_ENOUGH = 8  # steps before a leap can be told
 # What the replay has settings of its own for.
 _OWN_FLAGS = ("--save", "--load", "--save-interval", "--exit-interval", "--export-hf", "--export-hf-interval")
 _PREFIX = "--precision-"
@@ -36,31 +38,32 @@ class AnomalyPlan:
     Attributes:
         dump: steps to write down, the bad one included.
         spike: a gradient norm of so many times the median of those before is one.
+        loss: so is a loss of so many times the median.
     """
 
     dump: int = 3
     spike: float = 10.0
+    loss: float = 3.0
 
 
 def read_anomaly_plan(text: str) -> AnomalyPlan:
-    """Read ``dump=3,spike=10``.
+    """Read ``dump=3,spike=10,loss=3``.
 
     Raises:
         UserError: it says something else.
     """
-    values: dict[str, float] = {}
-    for item in text.split(","):
-        name, _, value = item.partition("=")
-        try:
-            values[name.strip()] = float(value)
-        except ValueError:
-            values["?"] = 0
-    if values.keys() - {"dump", "spike"} or values.get("dump", 1) < 1 or values.get("spike", 2) <= 1:
+    try:
+        values = {name.strip(): float(value) for name, _, value in (item.partition("=") for item in text.split(","))}
+        plan = AnomalyPlan(**{**values, "dump": int(values.get("dump", AnomalyPlan.dump))})  # type: ignore[arg-type]
+        readable = plan.dump >= 1 and plan.spike > 1 and plan.loss > 1
+    except (TypeError, ValueError, OverflowError):
+        readable = False
+    if not readable:
         raise UserError(
             f"command line: --precision-on-anomaly {text}: write dump=3 for the number of steps, and if need be "
-            "dump=3,spike=10 for how many times the usual gradient norm is a spike."
+            "dump=3,spike=10,loss=3 for how many times the usual gradient norm, and the usual loss, is a spike."
         )
-    return AnomalyPlan(int(values.get("dump", 3)), values.get("spike", 10.0))
+    return plan
 
 
 @dataclass
@@ -71,6 +74,7 @@ class _Kept:
     batches: list[Any]
     names: Callable[[], list[str]]
     grad_norm: HostRead | None = None
+    whole_loss: HostRead | None = None
     learning_rate: float = 0.0
     factor: Tensor | float = 1.0
 
@@ -78,7 +82,7 @@ class _Kept:
 class AnomalyRing:
     """Keeps the gradients' sketches and the batches of the last steps, and writes them down after a bad one.
 
-    The host learns of a step's gradient norm when the next one is over, so nothing waits for the device.
+    The host learns of a step's gradient norm and loss when the next one is over, so nothing waits for the device.
 
     Args:
         view: of the model.
@@ -91,8 +95,9 @@ class AnomalyRing:
         self._trained = [held for held in view.held if held.value.requires_grad]
         self._writer = writer
         self._plan = plan
-        self._ring: deque[_Kept] = deque(maxlen=plan.dump)
+        self._ring: deque[_Kept] = deque(maxlen=plan.dump + 1)  # the newest is not judged yet
         self._norms: deque[float] = deque(maxlen=_HISTORY)
+        self._losses: deque[float] = deque(maxlen=_HISTORY)
         self._judged = -1
 
     def step_begins(self, step: int) -> None:
@@ -116,8 +121,15 @@ class AnomalyRing:
                     self._ring[-1].pool.add_whole(Key("grad_reduced", name, "gradient"), placed)
 
     def gradients_clipped(self, grad_norm: Tensor) -> None:
-        """Let the norm go on its way to the host."""
-        self._ring[-1].grad_norm = HostRead(grad_norm)
+        """Let the norm and the loss go on their way to the host. A collective: a rank knows its part of the loss."""
+        newest = self._ring[-1]
+        newest.grad_norm = HostRead(grad_norm)
+        loss = torch.zeros((), device=accelerator.device())
+        if newest.losses and self._view.speaks_for_loss:
+            loss += torch.stack(newest.losses).sum() * newest.factor
+        if dist.is_initialized():
+            dist.all_reduce(loss)
+        newest.whole_loss = HostRead(loss)
 
     def updated(self) -> None:
         """Nothing to do."""
@@ -132,26 +144,27 @@ class AnomalyRing:
         return self._judge(list(self._ring))
 
     def _judge(self, kept: list[_Kept]) -> Path | None:
-        if not kept or kept[-1].grad_norm is None or kept[-1].step <= self._judged:
+        newest = kept[-1] if kept else None
+        if newest is None or newest.grad_norm is None or newest.whole_loss is None or newest.step <= self._judged:
             return None
-        newest = kept[-1]
-        assert newest.grad_norm is not None
         self._judged = newest.step
-        (norm,) = newest.grad_norm.read()
-        usual = statistics.median(self._norms) if len(self._norms) >= _ENOUGH else math.inf
-        if math.isfinite(norm) and norm <= self._plan.spike * usual:
+        (norm,), (loss,) = newest.grad_norm.read(), newest.whole_loss.read()
+        if _is_usual(norm, self._norms, self._plan.spike) and _is_usual(loss, self._losses, self._plan.loss):
             self._norms.append(norm)
+            self._losses.append(loss)
             return None
-        return self._write(kept, norm)
+        return self._write(kept[-self._plan.dump :], norm, loss)
 
-    def _write(self, kept: list[_Kept], norm: float) -> Path:
+    def _write(self, kept: list[_Kept], norm: float, loss: float) -> Path:
         folder = self._writer.folder / f"step_{kept[-1].step:07d}"
         writer = RecordWriter(folder, self._writer.rank, self._writer.world_size)
         if writer.rank == 0:
-            about = {"anomaly": {"step": kept[-1].step, "grad_norm": norm, "usual": list(self._norms)}}
-            writer.start(about)
+            about = {"step": kept[-1].step, "grad_norm": norm, "usual": list(self._norms)}
+            about |= {"loss": loss, "usual_losses": list(self._losses)}
+            writer.write_manifest({"anomaly": about})
             self._write_script(folder, kept[0].step, kept[-1].step)
         folder.mkdir(parents=True, exist_ok=True)
+        writer.forget_mine()
         for item in kept:
             names = item.names() if self._view.speaks else []
             data = RankStep(
@@ -192,6 +205,11 @@ class AnomalyRing:
         script = folder / "replay.sh"
         script.write_text("\n".join(lines) + "\n", encoding="utf-8")
         script.chmod(0o755)
+
+
+def _is_usual(value: float, before: Sequence[float], most: float) -> bool:
+    """Return whether ``value`` is finite and no more than ``most`` times the median of those before."""
+    return math.isfinite(value) and (len(before) < _ENOUGH or value <= most * abs(statistics.median(before)))
 
 
 def _is(word: str, flag: str) -> bool:

@@ -55,6 +55,16 @@ class RecordWriter:
                 for file in path.iterdir():
                     file.unlink()
                 path.rmdir()
+        self.write_manifest(manifest)
+
+    def forget_mine(self) -> None:
+        """Remove what this rank wrote in an earlier run, where no rank may touch what the others are writing now."""
+        for file in self.folder.glob(f"step_*/rank_{self.rank:05d}.*"):
+            file.unlink()
+
+    def write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """Write the manifest. Rank 0 calls it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         content = {**manifest, "precision_format": FORMAT, "world_size": self.world_size}
         _write(self.folder / MANIFEST, json.dumps(content, indent=1, ensure_ascii=False, default=str).encode())
 
