@@ -22,7 +22,9 @@ class Config(BaseModel):
     the class knows; ``key in cfg`` asks whether the key was given, in the file or by an assignment.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, validate_assignment=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, validate_assignment=True, protected_namespaces=()
+    )
 
     retired: ClassVar[dict[str, str]] = {}
     """Keys that older files have, and what to write instead."""

@@ -26,7 +26,10 @@ def read_file(path: str | Path) -> dict[str, Any]:
     text = _read_text(path)
     if not text.strip():
         raise UserError(f"{path}: the file is empty. It must hold an object of keys and values.")
-    document = parse(path, text)
+    try:
+        document = parse(path, text)
+    except RecursionError:
+        raise UserError(f"{path}: objects and lists are nested too deeply to be read.") from None
     if not isinstance(document, dict):
         found = "nothing but comments" if document is None else f"a {type(document).__name__}"
         raise UserError(f"{path}: the top level must be an object of keys and values; found {found}.")

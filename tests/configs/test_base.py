@@ -107,6 +107,16 @@ def test_all_problems_of_a_file_are_listed_with_key_paths(tmp_path: Path) -> Non
     ]
 
 
+@pytest.mark.parametrize(("name", "text"), [("a.json", '{"share": Infinity}'), ("a.yaml", "share: .nan")])
+def test_a_number_that_is_not_finite_is_refused(tmp_path: Path, name: str, text: str) -> None:
+    class Shares(Config):
+        share: float
+
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=f"{name}: share: must be a finite number"):
+        load_config(Shares, tmp_path / name)
+
+
 def test_an_input_path_may_lie_beside_the_config_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     beside, here = tmp_path / "configs", tmp_path / "here"
     (beside / "a").mkdir(parents=True)

@@ -64,6 +64,8 @@ def test_yaml_anchors_and_merges_still_work(tmp_path: Path) -> None:
         ("a.yaml", "a: \x00\n", ["a.yaml: "]),
         ("a.yaml", "a: !!python/object:os.system {}\n", ["line 1", "could not determine a constructor"]),
         ("a.json", b'{"a": "\xff"}', ["byte 7 is not UTF-8"]),
+        pytest.param("a.json", '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", ["too deeply"], id="deep JSON"),
+        pytest.param("a.yaml", "a: " + "[" * 10_000 + "]" * 10_000, ["too deeply"], id="deep YAML"),
         ("a.toml", "a = 1", ["'.toml'", ".json, .yaml or .yml"]),
     ],
 )
