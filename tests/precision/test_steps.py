@@ -102,6 +102,8 @@ def leaps_of_the_loss(folder: Path, bad: dict[int, tuple[float, float]], dump: i
         ({3: (100.0, 2.0)}, []),  # nobody knows yet what is usual
         ({9: (1.0, 8.1), 11: (4.0, 4.9)}, ["step_0000009"]),  # 9.1 and 8.9, where 3 is usual
         ({13: (9.1, 0.0)}, ["step_0000013"]),  # the last one
+        ({9: (9.1, 0.0), 10: (9.1, 9.1), 11: (0.0, 9.2)}, ["step_0000009"]),  # once, not at every step
+        ({9: (9.1, 0.0), 11: (9.1, 9.1)}, ["step_0000009", "step_0000011"]),
         ({2: (math.nan, 2.0), 10: (1.0, math.inf)}, ["step_0000002", "step_0000010"]),
     ],
 )

@@ -99,6 +99,7 @@ class AnomalyRing:
         self._norms: deque[float] = deque(maxlen=_HISTORY)
         self._losses: deque[float] = deque(maxlen=_HISTORY)
         self._judged = -1
+        self._usual = True  # a run that has gone astray is one anomaly, however long it goes on
 
     def step_begins(self, step: int) -> None:
         """Make room for a step."""
@@ -149,11 +150,12 @@ class AnomalyRing:
             return None
         self._judged = newest.step
         (norm,), (loss,) = newest.grad_norm.read(), newest.whole_loss.read()
-        if _is_usual(norm, self._norms, self._plan.spike) and _is_usual(loss, self._losses, self._plan.loss):
+        usual = _is_usual(norm, self._norms, self._plan.spike) and _is_usual(loss, self._losses, self._plan.loss)
+        begins, self._usual = self._usual and not usual, usual
+        if usual:
             self._norms.append(norm)
             self._losses.append(loss)
-            return None
-        return self._write(kept[-self._plan.dump :], norm, loss)
+        return self._write(kept[-self._plan.dump :], norm, loss) if begins else None
 
     def _write(self, kept: list[_Kept], norm: float, loss: float) -> Path:
         folder = self._writer.folder / f"step_{kept[-1].step:07d}"
