@@ -59,26 +59,28 @@ def measure(preset: dict[str, Any], rounds: int, threads: int, clock: Callable[[
     from mindspeed_mm.precision.recording.capture import Capture
     from mindspeed_mm.precision.recording.local_norm import LocalNorms
     from mindspeed_mm.precision.recording.plan import CapturePlan
+    from mindspeed_mm.precision.recording.view import PlainView
     from mindspeed_mm.precision.records.record import RecordWriter
 
     torch.set_num_threads(threads)
     accelerator.set_device(0)
     dist.init_process_group(accelerator.default_backend(), store=dist.HashStore(), rank=0, world_size=1)
     engine, batch = build(preset)
+    view = PlainView(engine.module)
     every = frozenset(range(10**6))
     times: dict[str, list[float]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
         writer = RecordWriter(Path(folder))
         writer.start({})
         capture: dict[str, Any] = {
-            kind: Capture(engine.module, engine.optimizer, writer, plan, device=accelerator.device())
+            kind: Capture(view, engine.optimizer, writer, plan, device=accelerator.device())
             for kind, plan in {
                 "idle": CapturePlan(frozenset()),
                 "parameter digests": CapturePlan(every, modules=False),
                 "module digests": CapturePlan(every),
             }.items()
         }
-        listeners = {**capture, "local norms": LocalNorms(engine.module)}
+        listeners = {**capture, "local norms": LocalNorms(view)}
         order = random.Random(0)  # what a step leaves behind in caches and allocators is paid by the next one
         turns = [kind for _ in range(rounds + 2) for kind in order.sample(KINDS, len(KINDS))]
         for step, kind in enumerate(turns, start=-2 * len(KINDS)):
