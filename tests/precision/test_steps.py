@@ -57,7 +57,11 @@ def test_weights_stay_and_gradients_are_summed(job: Job, ranks2: RankPool, tmp_p
         assert total.vector == pytest.approx(expected, abs=1e-5 * float(abs(expected).max()))
 
 
-def test_the_steps_before_an_anomaly_are_kept_and_replayed(job: Job, ranks1: RankPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("log_interval", [1, 9], ids=["noticed in its own step", "noticed in the next one"])
+def test_the_steps_before_an_anomaly_are_kept_and_replayed(
+    job: Job, ranks1: RankPool, tmp_path: Path, log_interval: int
+) -> None:
+    job.flags |= {"log-interval": log_interval}
     job.flags |= {"precision-capture": None, "precision-on-anomaly": "dump=2", "train-iters": 5, "lr": "1e25"}
     job.flags |= {"precision-dir": tmp_path / "r", "micro-batch-size": 2, "seed": 7}
     outcome = ranks1.run(run_here, job.command(), job.folder, timeout=240)[0]
@@ -117,6 +121,36 @@ def test_a_leap_of_the_loss_of_one_rank_is_an_anomaly_on_all(
         step = kept.manifest["anomaly"]["step"]
         assert kept.steps == [step - 1, step]
         assert kept.manifest["anomaly"]["loss"] == pytest.approx(sum(bad[step]), nan_ok=True)
+
+
+def test_a_step_that_was_broken_off_does_not_hide_the_one_before(tmp_path: Path) -> None:
+    """A rollback breaks a step off and makes those before it anew."""
+    ring = AnomalyRing(PlainView(torch.nn.Linear(2, 2)), RecordWriter(tmp_path, 0, 1), AnomalyPlan(dump=2))
+
+    def begin(step: int, loss: float) -> None:
+        ring.step_begins(step)
+        ring.take([], list)
+        ring.loss(torch.tensor(loss))
+        ring.gradients_reduced()
+
+    def finish() -> Path | None:
+        ring.gradients_clipped(torch.tensor(1.0))
+        return ring.step_ends(1e-3)
+
+    found = []
+    for step, loss in [*((step, 1.0) for step in range(10)), (10, math.nan)]:
+        begin(step, loss)
+        found.append(finish())
+    begin(11, 1.0)  # and back to the state after step 8
+    for step, loss in [(9, 1.5), (10, 1.0), (11, math.inf)]:
+        begin(step, loss)
+        found.append(finish())
+    begin(12, 1.0)
+    found.append(ring.stop())
+    assert [path.name for path in found if path] == ["step_0000010", "step_0000011"]
+    assert Record.open(tmp_path / "step_0000010").steps == [9, 10]
+    assert Record.open(tmp_path / "step_0000010").step(9).scalars["loss"] == 1.0, "before it went back"
+    assert Record.open(tmp_path / "step_0000011").steps == [10, 11]
 
 
 @pytest.mark.parametrize("text", ["dump=0", "3", "dump=3,spike=1", "dumps=3", "loss=0.5", "dump=nan", "spike=x"])

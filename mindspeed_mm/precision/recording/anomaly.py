@@ -77,6 +77,17 @@ class _Kept:
     whole_loss: HostRead | None = None
     learning_rate: float = 0.0
     factor: Tensor | float = 1.0
+    judged: bool = False
+
+    @property
+    def is_finished(self) -> bool:
+        """Return whether the step came as far as its update."""
+        return self.whole_loss is not None
+
+    def read(self) -> tuple[float, float]:
+        """Return gradient norm and loss of a finished step."""
+        assert self.grad_norm and self.whole_loss
+        return self.grad_norm.read()[0], self.whole_loss.read()[0]
 
 
 class AnomalyRing:
@@ -98,11 +109,12 @@ class AnomalyRing:
         self._ring: deque[_Kept] = deque(maxlen=plan.dump + 1)  # the newest is not judged yet
         self._norms: deque[float] = deque(maxlen=_HISTORY)
         self._losses: deque[float] = deque(maxlen=_HISTORY)
-        self._judged = -1
         self._usual = True  # a run that has gone astray is one anomaly, however long it goes on
 
     def step_begins(self, step: int) -> None:
-        """Make room for a step."""
+        """Make room for a step, in the place of one that was broken off."""
+        if self._ring and not self._ring[-1].is_finished:
+            self._ring.pop()
         self._ring.append(_Kept(step, StepPool(), [], [], list))
 
     def take(self, batches: Sequence[Any], names: Callable[[], list[str]]) -> None:
@@ -141,26 +153,27 @@ class AnomalyRing:
         return self._judge(list(self._ring)[:-1])
 
     def stop(self) -> Path | None:
-        """Look at the last step, which nothing follows."""
-        return self._judge(list(self._ring))
+        """Look at the last step that was finished: nothing follows, or what follows was broken off by its fault."""
+        return self._judge([item for item in self._ring if item.is_finished])
 
     def _judge(self, kept: list[_Kept]) -> Path | None:
-        newest = kept[-1] if kept else None
-        if newest is None or newest.grad_norm is None or newest.whole_loss is None or newest.step <= self._judged:
+        if not kept or kept[-1].judged:
             return None
-        self._judged = newest.step
-        (norm,), (loss,) = newest.grad_norm.read(), newest.whole_loss.read()
+        newest = kept[-1]
+        newest.judged = True
+        norm, loss = newest.read()
         usual = _is_usual(norm, self._norms, self._plan.spike) and _is_usual(loss, self._losses, self._plan.loss)
         begins, self._usual = self._usual and not usual, usual
         if usual:
             self._norms.append(norm)
             self._losses.append(loss)
-        return self._write(kept[-self._plan.dump :], norm, loss) if begins else None
+        return self._write(kept[-self._plan.dump :]) if begins else None
 
-    def _write(self, kept: list[_Kept], norm: float, loss: float) -> Path:
+    def _write(self, kept: list[_Kept]) -> Path:
         folder = self._writer.folder / f"step_{kept[-1].step:07d}"
         writer = RecordWriter(folder, self._writer.rank, self._writer.world_size)
         if writer.rank == 0:
+            norm, loss = kept[-1].read()
             about = {"step": kept[-1].step, "grad_norm": norm, "usual": list(self._norms)}
             about |= {"loss": loss, "usual_losses": list(self._losses)}
             writer.write_manifest({"anomaly": about})
@@ -169,16 +182,13 @@ class AnomalyRing:
         writer.forget_mine()
         for item in kept:
             names = item.names() if self._view.speaks else []
+            norm, loss = item.read()
+            scalars = {"learning_rate": item.learning_rate, "loss": loss, "grad_norm": norm}
             data = RankStep(
                 entries=item.pool.read(),
-                scalars={"learning_rate": (item.learning_rate, "same")},
+                scalars={name: (value, "same") for name, value in scalars.items()},
                 samples=[SampleFingerprint("", {}, name=name) for name in names],
             )
-            if item.losses:
-                how = "sum" if self._view.speaks_for_loss else "copy"
-                data.scalars["loss"] = (float(torch.stack(item.losses).sum() * item.factor), how)
-            if item.grad_norm is not None:
-                data.scalars["grad_norm"] = (item.grad_norm.read()[0], "same")
             writer.write(item.step, data)
         batches = {item.step: [dict(b) if isinstance(b, Mapping) else b for b in item.batches] for item in kept}
         torch.save(batches, folder / f"batches_{writer.rank:05d}.pt")
