@@ -6,6 +6,7 @@ import copy
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -63,6 +64,27 @@ def export_hf(
     if getattr(hf_model, "generation_config", None) is not None:  # models that generate nothing have none
         bare.generation_config = hf_model.generation_config
     return write_hf_folder(bare, tensors, gather, Path(folder).resolve(), assets_from, max_shard_bytes)
+
+
+def check_target(folder: str | Path, assets_from: str | Path | None = None) -> None:
+    """See now whether an export could be written later; every rank calls this.
+
+    Raises:
+        UserError: rank 0 cannot write there, or ``folder`` is ``assets_from``; raised on all ranks.
+    """
+    folder = Path(folder).resolve()
+
+    def check() -> None:
+        _refuse_original(folder, assets_from)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            for place in [folder.parent, *([folder] if folder.exists() else [])]:
+                with TemporaryFile(dir=place):
+                    pass
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written: {error}; export to another folder") from error
+
+    run_together(f"exporting to {folder}", lambda: check() if rank() == 0 else None)
 
 
 def write_hf_folder(
@@ -124,13 +146,16 @@ def _full(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _prepare(folder: Path, staging: Path, assets_from: str | Path | None) -> None:
-    if assets_from is not None:
-        if not Path(assets_from).is_dir():
-            raise UserError(f"{assets_from}: no such folder to take tokenizer and processor files from")
-        if folder.exists() and folder.samefile(assets_from):
-            raise UserError(f"{folder} is also the folder of the original weights; export to another one")
+    if assets_from is not None and not Path(assets_from).is_dir():
+        raise UserError(f"{assets_from}: no such folder to take tokenizer and processor files from")
+    _refuse_original(folder, assets_from)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
+
+
+def _refuse_original(folder: Path, assets_from: str | Path | None) -> None:
+    if assets_from is not None and folder.exists() and folder.samefile(assets_from):
+        raise UserError(f"{folder} is also the folder of the original weights; export to another one")
 
 
 def _write_config(bare: PreTrainedModel, folder: Path, dtype: torch.dtype | None) -> None:

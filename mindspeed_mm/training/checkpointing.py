@@ -16,7 +16,7 @@ from mindspeed_mm.checkpoint import store
 from mindspeed_mm.checkpoint.adapters import adapter_config, adapter_files, check_adapters, write_adapter
 from mindspeed_mm.checkpoint.background import HostCopy
 from mindspeed_mm.checkpoint.coordination import gather, run_together
-from mindspeed_mm.checkpoint.hf_export import export_hf
+from mindspeed_mm.checkpoint.hf_export import check_target, export_hf
 from mindspeed_mm.checkpoint.hf_import import load_hf_weights
 from mindspeed_mm.checkpoint.publish import TRACKER, checkpoints_in, clean_up, is_hf_folder, iteration_of
 from mindspeed_mm.checkpoint.retention import Retention
@@ -283,6 +283,14 @@ class Checkpointer:
 
         self.saver.save(iteration, take, loss)
 
+    def check_export(self, folder: str) -> None:
+        """See that `export_hf` will be able to write ``folder``. A collective.
+
+        Raises:
+            UserError: it will not.
+        """
+        check_target(folder, None if self._adapters else self._assets())
+
     def export_hf(self, folder: str) -> None:
         """Write the trained model as a Hugging Face folder. A collective.
 
@@ -292,7 +300,7 @@ class Checkpointer:
             write_adapter(self.adapter_files(), folder)
             print_rank_0(f" exported the adapters to {folder}")
             return
-        model, assets = hf_model(self.model), getattr(self.model, "hf_path", None)
+        model, assets = hf_model(self.model), self._assets()
         export_hf(model, folder, assets_from=assets)
         print_rank_0(f" exported a Hugging Face folder to {folder}")
         states = {name: self.optimizer.state.get(p, {}) for name, p in model.named_parameters()}
@@ -300,6 +308,10 @@ class Checkpointer:
             folder = f"{folder.rstrip('/')}-ema"
             export_hf(model, folder, assets_from=assets, instead=averages)
             print_rank_0(f" exported the averaged weights to {folder}")
+
+    def _assets(self) -> str | None:
+        """Return the folder with the tokenizer and the processor that an export copies."""
+        return getattr(self.model, "hf_path", None)
 
 
 def one_position(of_ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:

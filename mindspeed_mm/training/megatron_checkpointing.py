@@ -71,9 +71,19 @@ class MegatronCheckpointer(Checkpointer):
             self._blueprint("--export-hf").model,
             folder,
             boxes(*self.engine.module),
-            assets_from=self.args.mm.model.init_from_hf_path,
+            assets_from=self._assets(),
         )
         print_rank_0(f" exported a Hugging Face folder to {folder}")
+
+    def check_export(self, folder: str) -> None:
+        """See that `export_hf` will be able to write ``folder``. A collective."""
+        if not self._adapters:
+            self._blueprint("--export-hf")
+        super().check_export(folder)
+
+    def _assets(self) -> str | None:
+        folder: str | None = self.args.mm.model.init_from_hf_path
+        return folder
 
     def weights_source(self) -> Any:
         """Return the folder that the model starts from, None for random weights."""

@@ -94,6 +94,8 @@ def _run(
         engine, groups = _build_engine(args, model_provider)
     schedule = schedule_from(args, engine.optimizer)
     checkpointer = _build_checkpointer(args, engine, schedule, keeper)
+    if args.export_hf:
+        checkpointer.check_export(args.export_hf)
     with phase("loading"):
         args.iteration, args.consumed_train_samples = checkpointer.load()
     bad_samples = _bad_samples_folder(args)
@@ -179,7 +181,10 @@ def _build_checkpointer(args: Namespace, engine: Any, schedule: Schedule, keeper
 def _export_now_and_then(args: Namespace, checkpointer: Checkpointer) -> None:
     if args.iteration % args.export_hf_interval == 0:
         with phase("export", patient=True):
-            checkpointer.export_hf(f"{args.export_hf.rstrip('/')}-{folder_name(args.iteration)}")
+            try:
+                checkpointer.export_hf(f"{args.export_hf.rstrip('/')}-{folder_name(args.iteration)}")
+            except UserError as error:  # on all ranks; the last export decides how the run ends
+                state.warn_rank_0(f"{error}; training goes on, and exports again at the next interval")
 
 
 def _prepare_args(provider: Callable[..., Any] | None, defaults: dict[str, Any]) -> tuple[Namespace, list[str]]:

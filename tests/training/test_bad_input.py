@@ -243,6 +243,14 @@ CASES: dict[str, tuple[Callable[[Job], Any], str]] = {
         lambda job: (_provider("iter([{}] * 9), None, None")(job), job.flags.update({"nan-policy": "rollback"})),
         r"--nan-policy rollback: the training data is a list_iterator without a position, which cannot go back; return",
     ),
+    "an export to where no folder can be": (
+        _set("flags", **{"export-hf": "data.json/hf"}),
+        r"/data\.json/hf cannot be written: .*; export to another folder",
+    ),
+    "an export over the original weights": (
+        lambda job: job.flags.update({"export-hf": job.model["init_from_hf_path"]}),
+        r"is also the folder of the original weights; export to another one",
+    ),
     "a plugin that does not exist": (
         _set("flags", plugin="adapter.py"),
         r"--plugin: there is no file '\S+adapter\.py'",
