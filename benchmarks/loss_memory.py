@@ -4,6 +4,9 @@
     python benchmarks/loss_memory.py --tokens 4096 8192 16384 32768    # on an accelerator
     python benchmarks/loss_memory.py --model --tokens 4096 8192 16384 32768    # memory only, any machine
 
+``chunked`` computes the gradients of a chunk with its loss; ``again`` makes its logits again in the backward pass,
+which only the loss per sample does. A way that needs more memory than there is does not fit.
+
 The first two forms run the output head of a 0.5 B model (hidden size 896, vocabulary 151,936) with its loss, forward
 and backward, each case in a fresh process, and the processes of one size take turns. They print the median time and
 the peak above what hidden states, weight and their gradients take: the allocator's on an accelerator; on a CPU the
@@ -18,16 +21,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
 import time
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 HIDDEN, VOCABULARY = 896, 151_936
-WAYS = ("whole", "chunked", "liger")
+WAYS = ("whole", "chunked", "again", "liger")
+DOES_NOT_FIT = 3  # exit code
 GIB = 2**30
 
 
@@ -42,7 +48,7 @@ def head_case(way: str, tokens: int, dtype_name: str) -> dict[str, float]:
     from torch import nn
 
     from mindspeed_mm import accelerator
-    from mindspeed_mm.losses import cross_entropy_sums, head_returns_loss_sums, mean_token_loss
+    from mindspeed_mm.losses import cross_entropy_sums, head_returns_loss_sums, linear_cross_entropy, mean_token_loss
 
     device, dtype = accelerator.device(), getattr(torch, dtype_name)
     torch.manual_seed(0)
@@ -51,7 +57,10 @@ def head_case(way: str, tokens: int, dtype_name: str) -> dict[str, float]:
     targets = torch.randint(VOCABULARY, (1, tokens), device=device)
     counts = torch.tensor([tokens], device=device)
     hidden.grad, head.weight.grad = torch.zeros_like(hidden), torch.zeros_like(head.weight)
-    kernel = accelerator.fused_linear_cross_entropy() if way == "liger" else None
+    in_one_pass = partial(linear_cross_entropy, chunk_size=chunk_size(tokens))
+    kernel = {"chunked": in_one_pass, "liger": accelerator.fused_linear_cross_entropy()}.get(way)
+    if accelerator.is_cpu():  # then an allocation fails, instead of the machine
+        resource.setrlimit(resource.RLIMIT_DATA, (available(), resource.RLIM_INFINITY))
 
     def step() -> None:
         if way == "whole":
@@ -86,6 +95,12 @@ def read_peak(accelerator: Any) -> int:
     return status("VmHWM") if accelerator.is_cpu() else int(accelerator.memory_stats()["max_allocated"])
 
 
+def available() -> int:
+    """Return the bytes of memory that the machine has left."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
 def status(field: str) -> int:
     """Return a field of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -104,7 +119,7 @@ def model_case(way: str, tokens: int, recomputed: bool) -> dict[str, float]:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from mindspeed_mm.distributed.recompute import recompute
-    from mindspeed_mm.losses import cross_entropy_sums, head_returns_loss_sums, mean_token_loss
+    from mindspeed_mm.losses import cross_entropy_sums, head_returns_loss_sums, linear_cross_entropy, mean_token_loss
 
     class LiveBytes(TorchDispatchMode):
         """Counts the storage that the operations make, for as long as it lives."""
@@ -160,16 +175,19 @@ def model_case(way: str, tokens: int, recomputed: bool) -> dict[str, float]:
             if way == "whole":
                 sums = cross_entropy_sums(model(**inputs).logits, ids)
             else:
-                with head_returns_loss_sums(model.lm_head, ids, chunk_size(tokens)):
+                kernel = partial(linear_cross_entropy, chunk_size=chunk_size(tokens))
+                with head_returns_loss_sums(model.lm_head, ids, chunk_size(tokens), kernel):
                     sums = model(**inputs).logits
             mean_token_loss(sums, torch.tensor([tokens])).backward()
     return {"bytes": live.peak, "state": state}
 
 
-def fresh(case: str, **options: Any) -> dict[str, float]:
-    """Run one case in a process of its own."""
+def fresh(case: str, **options: Any) -> dict[str, float] | None:
+    """Run one case in a process of its own; return None if there is not enough memory."""
     command = [sys.executable, __file__, "--case", json.dumps({"case": case, **options})]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == DOES_NOT_FIT:
+        return None
     if done.returncode:
         sys.exit(f"{case} {options} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -182,24 +200,21 @@ def compare_heads(sizes: list[int], repeats: int, dtype: str) -> None:
     print(f"head and loss, hidden {HIDDEN}, vocabulary {VOCABULARY}, {dtype} on {accelerator.device_type()}")
     print("| tokens | cross entropy | peak, GiB | of whole | time, s | of whole |\n|---|---|---|---|---|---|")
     for tokens in sizes:
-        runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+        runs: dict[str, list[dict[str, float] | None]] = {way: [] for way in ways}
         for _ in range(repeats):
             for way in ways:
-                runs[way].append(fresh("head", way=way, tokens=tokens, dtype_name=dtype))
-        median = {
-            way: {key: statistics.median(run[key] for run in runs[way]) for key in ("bytes", "seconds")} for way in ways
-        }
-        whole = median["whole"]
-        for way, found in median.items():
-            size, seconds = found["bytes"] / whole["bytes"], found["seconds"] / whole["seconds"]
-            cells = (
-                tokens,
-                way,
-                f"{found['bytes'] / GIB:.2f}",
-                f"{size:.0%}",
-                f"{found['seconds']:.2f}",
-                f"{seconds:.2f}",
-            )
+                if None not in runs[way]:
+                    runs[way].append(fresh("head", way=way, tokens=tokens, dtype_name=dtype))
+        whole = None
+        for way, found in runs.items():
+            done = [run for run in found if run is not None]
+            if len(done) < repeats:
+                print(f"| {tokens} | {way} | does not fit | | | |", flush=True)
+                continue
+            size, seconds = (statistics.median(run[key] for run in done) for key in ("bytes", "seconds"))
+            whole = (size, seconds) if way == "whole" else whole
+            shares = (f"{size / whole[0]:.0%}", f"{seconds / whole[1]:.2f}") if whole else ("", "")
+            cells = (tokens, way, f"{size / GIB:.2f}", shares[0], f"{seconds:.2f}", shares[1])
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
@@ -227,7 +242,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.case:
         case = json.loads(options.case)
-        print(json.dumps({"head": head_case, "model": model_case}[case.pop("case")](**case)))
+        run = {"head": head_case, "model": model_case}[case.pop("case")]
+        try:
+            print(json.dumps(run(**case)))
+        except RuntimeError as error:  # torch.OutOfMemoryError is one; what the CPU's allocator raises has no name
+            if "memory" not in str(error):
+                raise
+            sys.exit(DOES_NOT_FIT)
     elif options.model:
         compare_models(options.tokens)
     else:

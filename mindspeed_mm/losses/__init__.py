@@ -12,6 +12,7 @@ from mindspeed_mm.losses.cross_entropy import (
     token_losses,
     token_sum_loss,
 )
+from mindspeed_mm.losses.linear_cross_entropy import linear_cross_entropy
 from mindspeed_mm.losses.vocab_parallel import vocab_parallel_token_losses
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "REDUCTIONS",
     "cross_entropy_sums",
     "head_returns_loss_sums",
+    "linear_cross_entropy",
     "logits_bytes",
     "mean_token_loss",
     "per_sample_loss",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from mindspeed_mm.losses import (
     chunked,
     cross_entropy_sums,
     head_returns_loss_sums,
+    linear_cross_entropy,
     logits_bytes,
     shift_labels,
     sum_by_sample,
@@ -44,8 +46,10 @@ class LanguageModelLoss:
         self._mode = _choice(config, "loss_cfg.compute_mode", "auto", _COMPUTE_MODES)
         self._chunk_size = int(lookup(config, "loss_cfg.chunk_size", 1024))
         self._aux_coefficient = float(lookup(config, "loss_cfg.router_aux_loss_coef", 0.0))
-        # A kernel has the gradient of one sum; a mean over samples needs that of each.
-        self._kernel = None if self._type == "per_sample_loss" else accelerator.fused_linear_cross_entropy()
+        self._fused = accelerator.fused_linear_cross_entropy()
+        # Of one sum the gradient is known in the forward pass; a mean over samples needs that of each.
+        one_sum = self._fused or partial(linear_cross_entropy, chunk_size=self._chunk_size)
+        self._kernel = None if self._type == "per_sample_loss" else one_sum
         self._obstacle: str | None = None
         self._vocabulary = 0
         self._told = False
@@ -113,7 +117,7 @@ class LanguageModelLoss:
             return False
         if not self._told:
             self._told = True
-            how = "by a fused kernel" if self._kernel else f"{self._chunk_size} tokens at a time"
+            how = "by a fused kernel" if self._fused and self._kernel else f"{self._chunk_size} tokens at a time"
             print_rank_0(
                 f"loss: the logits of a micro-batch, {targets.numel()} tokens x {self._vocabulary} words, would take "
                 f"{size / 2**30:.1f} GiB in fp32. "
