@@ -100,6 +100,11 @@ def transformer_config(config: ModelConfig, blueprint: Blueprint, *, transformer
         values["batch_p2p_comm"] = False
     values["moe_router_load_balancing_type"] = "none"  # `balance` computes it
     values["pipeline_dtype"] = values["params_dtype"]
+    if values["params_dtype"] == torch.float16 or values.get("fp16"):
+        raise UserError(
+            "model.json: text_decoder.fp16, or params_dtype fp16: there is no loss scaling, without which small "
+            "gradients vanish; use bf16."
+        )
     # The engine divides by the tokens or samples of the global batch: gradients are only added up till then.
     values["calculate_per_token_loss"] = config.loss_cfg.loss_type != "default"
     if "num_moe_experts" in values and shapes["tensor_model_parallel_size"] > 1 and not values.get("sequence_parallel"):

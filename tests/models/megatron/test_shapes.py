@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from mindspeed_mm.configs.model import ModelConfig
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.models.megatron.blueprint import read_blueprint
+from mindspeed_mm.models.megatron.blueprint import check_decoder, read_blueprint
 from mindspeed_mm.models.megatron.shapes import read_hf_config
 from mindspeed_mm.models.megatron.stages import layers_of_chunks
 from mindspeed_mm.models.vlm_model import VLMModel
@@ -176,6 +177,15 @@ def test_a_decoder_of_another_kind_is_refused(tmp_path: Path) -> None:
         read_blueprint(ModelConfig(init_from_hf_path=str(tmp_path)))
 
 
+def test_windows_of_mistral_are_refused(tmp_path: Path) -> None:
+    config = transformers.MistralConfig(sliding_window=8, architectures=["MistralForCausalLM"])
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"'mistral' has sliding windows.*pretrain_transformers"):
+        read_blueprint(ModelConfig(init_from_hf_path=str(tmp_path)))
+    config.sliding_window = None
+    check_decoder(config)
+
+
 def refusal(folder: str, sizes: dict[str, int], model_json: dict[str, Any]) -> str:
     vlm.start(**sizes)
     try:
@@ -202,6 +212,7 @@ def refusal(folder: str, sizes: dict[str, int], model_json: dict[str, Any]) -> s
         ("internvl", {}, {"text_decoder": {"position_embedding_type": "mrope"}}, ["is mrope, not rope"]),
         ("qwen2_5_vl", {}, {"loss_cfg": {"router_aux_loss_coef": 0.1}}, ["router_aux_loss_coef", "has no experts"]),
         ("qwen2_5_vl", {}, {"megatron": {"num_layers": 1}}, ["megatron.num_layers", "Remove the key"]),
+        ("qwen2_5_vl", {}, {"text_decoder": {"fp16": True}}, ["text_decoder.fp16", "loss scaling", "bf16"]),
     ],
 )
 def test_a_layout_that_does_not_fit(
@@ -225,8 +236,9 @@ def test_layers_of_chunks() -> None:
     assert layers_of_chunks(5, 2, 2, [[2, 1], [1, 1]]) == [[range(0, 2), range(3, 4)], [range(2, 3), range(4, 5)]]
     with pytest.raises(UserError, match=r"5 layers.*2 pipeline stages"):
         layers_of_chunks(5, 2)
-    with pytest.raises(UserError, match="a list of 2 numbers"):
-        layers_of_chunks(5, 2, 1, [5])
+    for written in ([5], []):
+        with pytest.raises(UserError, match="a list of 2 numbers"):
+            layers_of_chunks(5, 2, 1, written)
 
 
 @pytest.mark.parametrize(
