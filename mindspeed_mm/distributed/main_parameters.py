@@ -196,7 +196,7 @@ def mark_experts(chunk: nn.Module) -> None:
         return
     for name, parameter in chunk.named_parameters():
         if ".experts." in name:
-            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.allreduce = False
 
 
 def _counts(parameter: nn.Parameter) -> bool:
