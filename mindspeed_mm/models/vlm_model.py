@@ -138,8 +138,10 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
 
     @property
     def share_embeddings_and_output_weights(self) -> bool:
-        """Whether input and output embeddings are tied; megatron-core then adds up their gradients."""
-        return bool(self.text_decoder.share_embeddings_and_output_weights)
+        """Whether input and output embeddings are tied and trained; megatron-core then adds up their gradients."""
+        weight = self.shared_embedding_or_output_weight()
+        tied = bool(self.text_decoder.share_embeddings_and_output_weights)
+        return tied and (weight is None or weight.requires_grad)
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """Return this chunk's copy of the tied embedding."""
@@ -242,7 +244,7 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
         features = None
         if self.pre_process and decoder_input is None:
             decoder_input, features = self._embed(input_ids, {**media, "position_ids": position_ids}, vision_metadata)
-        split = self.split = self._split(*input_ids.shape, cu_seqlens)
+        split = self.split = self._split(input_ids, cu_seqlens)
         hidden = self.text_decoder(
             None if decoder_input is None else split.take(decoder_input, 1).transpose(0, 1).contiguous(),
             split.take(position_ids, -1),
@@ -258,19 +260,19 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
             return {"loss": None, "logits": self._by_sample(self.text_decoder.logits(hidden), input_ids)}
         return self._with_loss(hidden, labels, cu_seqlens, split)
 
-    def _split(self, rows: int, length: int, cu_seqlens: Tensor | None) -> SequenceSplit:
+    def _split(self, input_ids: Tensor, cu_seqlens: Tensor | None) -> SequenceSplit:
         """Return which positions of the micro-batch this rank computes."""
         from megatron.core import parallel_state
 
         split = SequenceSplit(
-            length,
+            input_ids.shape[1],
             cu_seqlens,
             size=parallel_state.get_context_parallel_world_size(),
             rank=parallel_state.get_context_parallel_rank(),
             divisor=self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1,
         )
         if self.config.num_moe_experts is not None and self.config.moe_token_dispatcher_type == "allgather":
-            gather_alike(split, rows)
+            gather_alike(split, len(input_ids))
         return split
 
     def _with_routers(
