@@ -113,7 +113,7 @@ class CoreAttention(nn.Module):
 
     def _random_state(self, dropout: float) -> Any:
         """Draw other numbers on each tensor-parallel rank, which has other heads; sequence parallelism does already."""
-        if not dropout or self.config.sequence_parallel:
+        if not dropout or self.config.sequence_parallel or self.config.tensor_model_parallel_size == 1:
             return nullcontext()
         from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
