@@ -11,6 +11,7 @@ from mindspeed_mm import accelerator
 from mindspeed_mm.configs.model import ModelConfig
 from mindspeed_mm.distributed.meta import is_meta_init
 from mindspeed_mm.distributed.sequence_split import SequenceSplit
+from mindspeed_mm.distributed.state import print_rank_0
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.losses import IGNORE, REDUCTIONS, logits_bytes, shift_labels, sum_by_sample
 from mindspeed_mm.losses.chunked import LARGE_LOGITS
@@ -20,6 +21,7 @@ from mindspeed_mm.models.megatron import deepstack
 from mindspeed_mm.models.megatron.balance import router_losses
 from mindspeed_mm.models.megatron.blueprint import read_blueprint
 from mindspeed_mm.models.megatron.config import chosen_fields, transformer_config
+from mindspeed_mm.models.megatron.idle import idle_keys
 from mindspeed_mm.models.megatron.inputs import PaddingCheck, coordinates, gather_alike, real_images
 from mindspeed_mm.models.megatron.layout import hf_shapes
 from mindspeed_mm.models.megatron.positions import Positions
@@ -77,6 +79,8 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
         self.pre_process = config.pre_process if pre_process is None else pre_process
         self.post_process = config.post_process if post_process is None else post_process
         self.blueprint = read_blueprint(config)
+        if self.pre_process and (idle := idle_keys(config)):
+            print_rank_0(f"model.json: these keys have no effect here: {', '.join(idle)}")
         self._engine = engine = accelerator.has_transformer_engine() and not (
             config.text_decoder and config.text_decoder.use_te is False
         )
