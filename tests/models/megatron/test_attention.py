@@ -121,6 +121,7 @@ def test_dropout_only_in_training() -> None:
     assert torch.equal(with_dropout.eval()(*leaves, None), attention()(*leaves, None))
 
 
-def test_window_is_refused() -> None:
-    with pytest.raises(UserError, match="window_size"):
-        attention(window_size=(4, 0))
+@pytest.mark.parametrize(("key", "value"), [("window_size", (4, 0)), ("softmax_type", "off-by-one")])
+def test_what_is_not_computed_is_refused(key: str, value: Any) -> None:
+    with pytest.raises(UserError, match=key):
+        attention(**{key: value})

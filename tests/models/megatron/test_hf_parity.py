@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from mindspeed_mm.errors import UserError
@@ -163,6 +164,23 @@ def test_a_batch_of_text_with_an_image_that_fills_up(ranks1: RankPool, tmp_path:
     ((loss, without_gradient),) = ranks1.run(only_images_that_fill_up, str(tmp_path), filled)
     assert abs(loss - vlm.oracle("internvl", text)[0]) <= LIMIT * loss
     assert not without_gradient
+
+
+def fused_activation(folder: str, batch: dict[str, Tensor]) -> Tensor:
+    vlm.start()
+    (model,) = vlm.build(folder, megatron={"bias_activation_fusion": True})
+    return model(**batch)["logits"].detach()
+
+
+def test_a_fused_activation_is_the_model_s_own(ranks1: RankPool, tmp_path: Path) -> None:
+    """Megatron-core has a fused GELU, which is an approximation of it."""
+    text = {**tiny.tiny_config("llava").text_config.to_dict(), "hidden_act": "gelu", "initializer_range": 0.3}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**text))
+    model.save_pretrained(tmp_path)
+    batch = tiny.tiny_batch("qwen3", [0, 0])
+    (logits,) = ranks1.run(fused_activation, str(tmp_path), batch)
+    right = model(input_ids=batch["input_ids"]).logits.detach()
+    assert (logits - right).abs().max() <= LIMIT * right.abs().max()
 
 
 def sixteen_bits(folder: str) -> tuple[float, Tensor, set[torch.dtype]]:

@@ -258,6 +258,12 @@ def refusal(folder: str, sizes: dict[str, int], model_json: dict[str, Any]) -> s
         ("qwen2_5_vl", {}, {"loss_cfg": {"router_aux_loss_coef": 0.1}}, ["router_aux_loss_coef", "has no experts"]),
         ("qwen2_5_vl", {}, {"megatron": {"num_layers": 1}}, ["megatron.num_layers", "Remove the key"]),
         ("qwen2_5_vl", {}, {"text_decoder": {"fp16": True}}, ["text_decoder.fp16", "loss scaling", "bf16"]),
+        (
+            "qwen2_5_vl",
+            {},
+            {"text_decoder": {"bf16": True}, "megatron": {"fp32_residual_connection": True}},
+            ["megatron.fp32_residual_connection", "Remove the key".lower()],
+        ),
     ],
 )
 def test_a_layout_that_does_not_fit(
