@@ -197,6 +197,9 @@ def mark_experts(chunk: nn.Module) -> None:
     for name, parameter in chunk.named_parameters():
         if ".experts." in name:
             parameter.allreduce = False
+    for name, module in chunk.named_modules():
+        if ".experts." in name and hasattr(module, "explicit_expert_comm"):
+            module.explicit_expert_comm = True  # or 0.12 scatters the output of a whole expert over the dense ranks
 
 
 def _counts(parameter: nn.Parameter) -> bool:
