@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from mindspeed_mm.distributed import parallel
-from mindspeed_mm.distributed.main_parameters import mark_split_parameters
+from mindspeed_mm.distributed.main_parameters import mark_experts, mark_split_parameters
 
 
 def build_chunks(build: Callable[[bool, bool, int | None], nn.Module]) -> list[nn.Module]:
@@ -27,6 +27,7 @@ def build_chunks(build: Callable[[bool, bool, int | None], nn.Module]) -> list[n
         chunk: Any = build(parallel.chunk_is_first(index), parallel.chunk_is_last(index), index)
         chunk.model_type = ModelType.encoder_or_decoder  # read by the schedules of megatron-core 0.12
         mark_split_parameters(chunk)
+        mark_experts(chunk)
         chunks.append(chunk)
     if parallel.sizes().virtual is not None:
         parallel.set_chunk(0)

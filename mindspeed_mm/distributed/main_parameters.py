@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mindspeed_mm.distributed import parallel
 from mindspeed_mm.distributed.grad_norm import sum_of_squares
 
 
@@ -182,6 +183,23 @@ def mark_split_parameters(chunk: nn.Module) -> None:
             for parameter in split:
                 if parameter is not None:
                     parameter.tensor_model_parallel = True
+
+
+def mark_experts(chunk: nn.Module) -> None:
+    """Mark the parameters of experts that other ranks share than those of the dense layers, unless they are marked.
+
+    It marks them only where there are several expert-parallel ranks (``allreduce`` in `ColumnParallelLinear`). Without
+    the mark gradients are added up over the ranks that hold the same part of the dense layers: over those that hold
+    other parts of an expert, or over too few.
+    """
+    if parallel.sizes().splits_experts == parallel.sizes().tensor:
+        return
+    for name, parameter in chunk.named_parameters():
+        if ".experts." in name:
+            parameter.allreduce = False
+    for name, module in chunk.named_modules():
+        if ".experts." in name and hasattr(module, "explicit_expert_comm"):
+            module.explicit_expert_comm = True  # or 0.12 scatters the output of a whole expert over the dense ranks
 
 
 def _counts(parameter: nn.Parameter) -> bool:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed_mm import accelerator
 from mindspeed_mm.configs.model import ModelConfig
 from mindspeed_mm.distributed.meta import is_meta_init
 from mindspeed_mm.distributed.sequence_split import SequenceSplit
+from mindspeed_mm.distributed.state import print_rank_0
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.losses import IGNORE, REDUCTIONS, logits_bytes, shift_labels, sum_by_sample
 from mindspeed_mm.losses.chunked import LARGE_LOGITS
@@ -21,6 +21,8 @@ from mindspeed_mm.models.megatron import deepstack
 from mindspeed_mm.models.megatron.balance import router_losses
 from mindspeed_mm.models.megatron.blueprint import read_blueprint
 from mindspeed_mm.models.megatron.config import chosen_fields, transformer_config
+from mindspeed_mm.models.megatron.idle import idle_keys
+from mindspeed_mm.models.megatron.inputs import PaddingCheck, coordinates, gather_alike, real_images
 from mindspeed_mm.models.megatron.layout import hf_shapes
 from mindspeed_mm.models.megatron.positions import Positions
 from mindspeed_mm.models.megatron.stages import layers_of_chunks
@@ -77,6 +79,8 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
         self.pre_process = config.pre_process if pre_process is None else pre_process
         self.post_process = config.post_process if post_process is None else post_process
         self.blueprint = read_blueprint(config)
+        if self.pre_process and (idle := idle_keys(config)):
+            print_rank_0(f"model.json: these keys have no effect here: {', '.join(idle)}")
         self._engine = engine = accelerator.has_transformer_engine() and not (
             config.text_decoder and config.text_decoder.use_te is False
         )
@@ -115,7 +119,7 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
         deepstack.add_features(self.text_decoder.decoder.layers[: self.blueprint.deepstack] if self.pre_process else [])
         self._check(layers)
         self._positions = Positions(self.blueprint)
-        self._padding_is_known = False
+        self._check_padding = PaddingCheck()
         self.split: SequenceSplit | None = None
         self._loss = config.loss_cfg
         self._freezes = config
@@ -138,8 +142,10 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
 
     @property
     def share_embeddings_and_output_weights(self) -> bool:
-        """Whether input and output embeddings are tied; megatron-core then adds up their gradients."""
-        return bool(self.text_decoder.share_embeddings_and_output_weights)
+        """Whether input and output embeddings are tied and trained; megatron-core then adds up their gradients."""
+        weight = self.shared_embedding_or_output_weight()
+        tied = bool(self.text_decoder.share_embeddings_and_output_weights)
+        return tied and (weight is None or weight.requires_grad)
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """Return this chunk's copy of the tied embedding."""
@@ -211,7 +217,8 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
             labels: (B, S), the token ids that are targets and negative elsewhere; shifted here.
             inference_params: unused, like the others of the documented signature that are not described.
             decoder_input: (B, S, H), in the place of the embedded and merged input.
-            position_ids: (B, S) or (3, B, S); None: as the Hugging Face model computes them.
+            position_ids: (B, S), (3, B, S), or (4, B, S) with those of the text before the three axes; None: as the
+                Hugging Face model computes them.
             packed_seq_params: of packed sequences.
             extra_block_kwargs: unused.
             cache_position: unused.
@@ -232,17 +239,16 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
             parallelism the mean of the ranks' ``loss`` is that of the whole sequences, or where it is a sum their sum,
             and ``loss_mask`` is of all positions. Without labels, ``loss`` None and ``logits``.
         """
-        if image_flags is not None and pixel_values is not None:
-            pixel_values = pixel_values[image_flags.flatten() == 1]
-        media.update(pixel_values=pixel_values, image_grid_thw=image_grid_thw)
+        media.update(pixel_values=real_images(pixel_values, image_flags), image_grid_thw=image_grid_thw)
         media = {key: value for key, value in media.items() if value is not None}
         self._check_padding(attention_mask)
         if position_ids is None:
             position_ids = self._positions(input_ids, attention_mask, media)
+        position_ids = coordinates(position_ids)
         features = None
         if self.pre_process and decoder_input is None:
             decoder_input, features = self._embed(input_ids, {**media, "position_ids": position_ids}, vision_metadata)
-        split = self.split = self._split(input_ids.shape[1], cu_seqlens)
+        split = self.split = self._split(input_ids, cu_seqlens)
         hidden = self.text_decoder(
             None if decoder_input is None else split.take(decoder_input, 1).transpose(0, 1).contiguous(),
             split.take(position_ids, -1),
@@ -258,33 +264,19 @@ class VLMModel(MultiModalModule, FSDP2Mixin):
             return {"loss": None, "logits": self._by_sample(self.text_decoder.logits(hidden), input_ids)}
         return self._with_loss(hidden, labels, cu_seqlens, split)
 
-    def _check_padding(self, attention_mask: Tensor | None) -> None:
-        """Look at the first micro-batch only: the host waits for the device."""
-        if attention_mask is None or self._padding_is_known or attention_mask.dim() != 2:
-            return
-        self._padding_is_known = True
-        if bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
-            raise UserError(
-                "attention_mask: padding comes before tokens; pretrain_vlm.py can have it at the end of a row only. "
-                "Pad on the right (padding_side of the tokenizer)."
-            )
-
-    def _split(self, length: int, cu_seqlens: Tensor | None) -> SequenceSplit:
+    def _split(self, input_ids: Tensor, cu_seqlens: Tensor | None) -> SequenceSplit:
         """Return which positions of the micro-batch this rank computes."""
         from megatron.core import parallel_state
 
         split = SequenceSplit(
-            length,
+            input_ids.shape[1],
             cu_seqlens,
             size=parallel_state.get_context_parallel_world_size(),
             rank=parallel_state.get_context_parallel_rank(),
             divisor=self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1,
         )
-        if self.config.moe_token_dispatcher_type == "allgather" and self.config.expert_model_parallel_size > 1:
-            # It wants one length on all ranks that share experts, and the host waits; alltoall needs none of this.
-            longest = torch.tensor(sum(split.lengths), device=accelerator.device())
-            dist.all_reduce(longest, dist.ReduceOp.MAX, group=parallel_state.get_expert_model_parallel_group())
-            split.extend(int(longest))
+        if self.config.num_moe_experts is not None and self.config.moe_token_dispatcher_type == "allgather":
+            gather_alike(split, len(input_ids))
         return split
 
     def _with_routers(

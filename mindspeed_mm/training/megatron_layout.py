@@ -11,6 +11,7 @@ from mindspeed_mm.configs.model import ModelConfig
 from mindspeed_mm.distributed.context_parallel import check_context_parallel
 from mindspeed_mm.distributed.parallel import ParallelSizes
 from mindspeed_mm.errors import UserError
+from mindspeed_mm.models.megatron.blueprint import check_decoder
 from mindspeed_mm.models.megatron.shapes import read_hf_config
 from mindspeed_mm.models.megatron.stages import layers_of_chunks
 from mindspeed_mm.models.megatron.vocabulary import DIVISOR
@@ -41,7 +42,9 @@ def apply_layout(args: Namespace, model: ModelConfig) -> None:
     Raises:
         UserError: it cannot; one line for each problem, with the two numbers and the flags.
     """
-    text = read_hf_config(model).get_text_config(decoder=True)
+    hf_config = read_hf_config(model)
+    check_decoder(hf_config)
+    text = hf_config.get_text_config(decoder=True)
     problems = _problems(args, text)
     if problems:
         raise UserError("\n".join(f"command line: {problem}" for problem in problems))
@@ -66,7 +69,7 @@ def _problems(args: Namespace, text: Any) -> list[str]:
     experts = getattr(text, "num_experts", None)
     divides(flag, tensor, text.num_attention_heads, "attention heads", "num_attention_heads")
     divides(flag, tensor, text.num_key_value_heads, "key and value heads", "num_query_groups, num_key_value_heads")
-    if experts is None or getattr(text, "mlp_only_layers", None):
+    if experts is None or getattr(text, "mlp_only_layers", None) or getattr(text, "decoder_sparse_step", 1) > 1:
         divides(flag, tensor, text.intermediate_size, "columns of an MLP", "ffn_hidden_size, intermediate_size")
     size, flag = args.expert_model_parallel_size, "--expert-model-parallel-size"
     if experts is None and size > 1:

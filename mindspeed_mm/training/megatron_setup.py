@@ -35,7 +35,7 @@ def build_engine(args: Namespace, provider: Callable[..., Any]) -> tuple[Megatro
     parallel.seed_stages(args.seed)
     bare = chunks.build_chunks(lambda first, last, stage: _checked(call_model_provider(provider, first, last, stage)))
     if args.mm_model:
-        _freeze(bare, args.mm.model.get("freeze", []))
+        freeze_parts(bare, args.mm.model.get("freeze", []))
     _add_adapters(args, bare)
     device = accelerator.device()
     wrapped = chunks.reduce_gradients(
@@ -83,8 +83,16 @@ def _add_adapters(args: Namespace, bare: Sequence[Any]) -> None:
         chunk.peft_config = {ADAPTER_NAME: config}
 
 
-def _freeze(bare: Sequence[nn.Module], patterns: Sequence[str]) -> None:
-    """Freeze what the patterns of model.json name; each has to match on some stage."""
+def freeze_parts(bare: Sequence[nn.Module], patterns: Sequence[str]) -> None:
+    """Freeze what the patterns of model.json name; each has to match on some stage. A collective.
+
+    Args:
+        bare: the chunks of this stage.
+        patterns: ``freeze`` of model.json.
+
+    Raises:
+        UserError: a pattern is malformed, matches on no stage, or has numbers that mean other layers on each stage.
+    """
     if not patterns:
         return
     pipeline = parallel.sizes().pipeline
@@ -101,6 +109,23 @@ def _freeze(bare: Sequence[nn.Module], patterns: Sequence[str]) -> None:
     for of_pattern in zip(*gather(mistakes), strict=True):
         if all(of_pattern):
             raise UserError(of_pattern[0])
+    _freeze_ties(bare, patterns)
+
+
+def _freeze_ties(bare: Sequence[Any], patterns: Sequence[str]) -> None:
+    """Freeze tied embeddings under both of their names, and on both of their stages, if they are under one."""
+    decoders = [chunk.text_decoder for chunk in bare if hasattr(chunk, "text_decoder")]
+    weights = [
+        weight
+        for decoder in decoders
+        if decoder.share_embeddings_and_output_weights
+        and (weight := decoder.shared_embedding_or_output_weight()) is not None
+    ]
+    # Where one stage has both, the output layer has no weight of its own to freeze.
+    named = "text_decoder.output_layer" in patterns
+    if any(gather(bool(weights) and (named or not all(weight.requires_grad for weight in weights)))):
+        for weight in weights:
+            weight.requires_grad_(False)
 
 
 def _mistake(chunk: nn.Module, pattern: str) -> str | None:

@@ -1,6 +1,7 @@
-"""Finding token ids that the model does not have, while the batch is still in host memory.
+"""Finding what a model cannot take of a batch while that is still in host memory: token ids, and where padding is.
 
-On an accelerator they would be a device assertion, which names nothing and takes the whole process with it.
+On an accelerator a token id too large would be a device assertion, which names nothing and takes the whole process with
+it, and to look at the padding the host would wait for the device.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mindspeed_mm.distributed.main_parameters import unwrap
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.losses import IGNORE
+from mindspeed_mm.models.megatron.inputs import pads_on_the_left
 from mindspeed_mm.training.checkpointing import hf_model
 
 # Ids that some families put beyond their vocabulary, and replace before they are looked up.
@@ -21,11 +24,15 @@ _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "audio
 class TokenCheck:
     """Checks ``input_ids`` and ``labels`` of a batch against a Hugging Face language model's vocabulary.
 
+    For a ``VLMModel`` it checks ``attention_mask`` as well, where padding may be at the end only.
+
     Args:
         model: of any kind; what is not known of it is not checked.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        inner = unwrap(model[0] if isinstance(model, nn.ModuleList) else model)
+        self._pads_at_the_end = hasattr(inner, "blueprint")
         model = hf_model(model)
         config = getattr(model, "config", None)
         self._inputs = _rows(model, "get_input_embeddings", "num_embeddings")
@@ -44,10 +51,24 @@ class TokenCheck:
         if not isinstance(ids, Tensor) or not _is_host_table(ids):
             return
         ends = batch.get("cu_seqlens")
+        mask = batch.get("attention_mask")
+        if self._pads_at_the_end and isinstance(mask, Tensor) and _is_host_table(mask):
+            self._check_padding(mask, names)
         if self._inputs:
             self._refuse("input_ids", ids, self._inputs, self._placeholders, names, ends)
         if self._outputs and isinstance(labels, Tensor) and _is_host_table(labels) and labels.shape == ids.shape:
             self._refuse("labels", labels, self._outputs, {IGNORE}, names, ends)
+
+    @staticmethod
+    def _check_padding(mask: Tensor, names: Callable[[], list[str] | None]) -> None:
+        wrong = pads_on_the_left(mask).any(1)
+        if wrong.any():
+            row, samples = int(wrong.nonzero()[0]), names()
+            sample = samples[row] if samples and row < len(samples) else f"row {row} of the batch"
+            raise UserError(
+                f"{sample}: attention_mask has padding before tokens; pretrain_vlm.py can have it at the end of a row "
+                "only. Pad on the right (padding_side of the tokenizer)."
+            )
 
     def _refuse(
         self,

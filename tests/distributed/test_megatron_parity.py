@@ -111,6 +111,18 @@ LAYOUTS: dict[str, Layout] = {
     "tp2-ep2-dp2-sharded": Layout(
         4, {"tensor": 2, "expert": 2, "expert_tensor": 1}, SEQUENCE, sharded=True, family=EXPERTS
     ),
+    # Experts are split over other ranks than the dense layers, though there is one expert-parallel rank.
+    "dp2-experts-split-allgather": Layout(2, {"expert_tensor": 2}, ALL_GATHER, family=EXPERTS, quick=True),
+    "dp2-experts-split-sharded": Layout(
+        2, {"expert_tensor": 2}, ALL_GATHER, sharded=True, family=EXPERTS, per_token=True
+    ),
+    "tp2-sp-experts-whole": Layout(2, {"tensor": 2, "expert_tensor": 1}, SEQUENCE, family=EXPERTS),
+    "tp2-sp-experts-whole-sharded": Layout(
+        2, {"tensor": 2, "expert_tensor": 1}, SEQUENCE, sharded=True, family=EXPERTS, per_token=True
+    ),
+    "tp2-cp2-experts-whole": Layout(
+        4, {"tensor": 2, "context": 2, "expert_tensor": 1}, {**ULYSSES, **SEQUENCE}, family=EXPERTS
+    ),
     # Each expert is split, so its ranks exchange tokens as unevenly as their routers choose.
     "tp2-ep2-split": Layout(4, {"tensor": 2, "expert": 2}, SEQUENCE, family=EXPERTS, per_token=True),
     "tp2-ep2-split-sharded": Layout(4, {"tensor": 2, "expert": 2}, SEQUENCE, sharded=True, family=EXPERTS),

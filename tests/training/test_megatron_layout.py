@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from mindspeed_mm.configs.model import ModelConfig
 from mindspeed_mm.errors import UserError
@@ -78,6 +79,23 @@ def test_it_is_refused(tmp_path: Path, family: str, line: str, world_size: int, 
     with pytest.raises(UserError) as error:
         layout(tmp_path, family, line, world_size)
     assert shown in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [transformers.GPT2Config, transformers.T5Config, transformers.MambaConfig])
+def test_a_decoder_that_megatron_core_does_not_compute_is_refused(tmp_path: Path, kind: Any) -> None:
+    kind().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"has a text decoder of type .* Use pretrain_transformers.py"):
+        layout(tmp_path, "none", "", 1)
+
+
+def test_layers_without_experts_are_looked_at_too(tmp_path: Path) -> None:
+    config = transformers.Qwen3MoeConfig(
+        num_attention_heads=6, num_key_value_heads=3, intermediate_size=64, moe_intermediate_size=24, num_experts=4
+    )
+    config.decoder_sparse_step = 2
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="does not divide the 64 columns of an MLP"):
+        layout(tmp_path, "none", "--tensor-model-parallel-size 3 --sequence-parallel", 3)
 
 
 def test_stages_that_model_json_writes(tmp_path: Path) -> None:

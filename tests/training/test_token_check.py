@@ -51,6 +51,18 @@ def test_the_first_that_it_lacks_is_named(ids: list[int], labels: list[int], mes
         check(ids, labels, ["a.jsonl:3"])
 
 
+def test_padding_before_tokens_is_refused_where_the_model_has_it_at_the_end_only() -> None:
+    ids = torch.ones(2, 3, dtype=torch.long)
+    batch = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 0], [0, 1, 1]])}
+    model = Language()
+    TokenCheck(model)(batch, lambda: ["a", "b"])
+    model.blueprint = SimpleNamespace(model=model)
+    for built in (model, nn.ModuleList([model])):
+        with pytest.raises(UserError, match=r"^b: attention_mask has padding before tokens.*on the right"):
+            TokenCheck(built)(batch, lambda: ["a", "b"])
+        TokenCheck(built)({**batch, "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}, lambda: None)
+
+
 def test_the_sample_of_a_packed_row_is_named() -> None:
     """Three samples of 2, 3 and 1 tokens, then padding; the second one has the token, as its last."""
     ids = torch.tensor([[1, 2, 3, 4, 10, 5, 0, 0]])

@@ -45,6 +45,8 @@ class CoreAttention(nn.Module):
         super().__init__()
         if getattr(config, "window_size", None) is not None:
             raise UserError("window_size: sliding windows need Transformer Engine; leave it out of model.json")
+        if (kind := getattr(config, "softmax_type", "vanilla")) != "vanilla":
+            raise UserError(f"softmax_type '{kind}' needs Transformer Engine; leave it out of model.json")
         self.config = config
         self.attn_mask_type = attn_mask_type
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -113,7 +115,7 @@ class CoreAttention(nn.Module):
 
     def _random_state(self, dropout: float) -> Any:
         """Draw other numbers on each tensor-parallel rank, which has other heads; sequence parallelism does already."""
-        if not dropout or self.config.sequence_parallel:
+        if not dropout or self.config.sequence_parallel or self.config.tensor_model_parallel_size == 1:
             return nullcontext()
         from megatron.core.tensor_parallel import get_cuda_rng_tracker
 

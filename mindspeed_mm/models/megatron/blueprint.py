@@ -100,21 +100,34 @@ def read_blueprint(config: ModelConfig) -> Blueprint:
             ``DECODERS``.
     """
     hf_config = read_hf_config(config)
+    check_decoder(hf_config)
     model_class: Any = ModelHub.build({}, hf_config)  # model_id names a family here
     with torch.device("meta"):
         model = model_class._from_config(copy.deepcopy(hf_config), attn_implementation="eager")
+    return Blueprint(model, next(path for path, module in model.named_modules() if _holds_layers(module)))
+
+
+def check_decoder(hf_config: Any) -> None:
+    """Refuse a model whose text decoder megatron-core's layers do not compute.
+
+    Raises:
+        UserError: it is none of ``DECODERS``, or has sliding windows.
+    """
     text = hf_config.get_text_config(decoder=True)
+    model = f"the model of type '{hf_config.model_type}'"
     if text.model_type not in DECODERS:
         raise UserError(
-            f"{model_class.__name__} has a text decoder of type '{text.model_type}', which megatron-core's layers do "
-            f"not compute; they do for {', '.join(DECODERS)}. Use pretrain_transformers.py for this model."
+            f"{model} has a text decoder of type '{text.model_type}', which megatron-core's layers do not compute; "
+            f"they do for {', '.join(DECODERS)}. Use pretrain_transformers.py for this model."
         )
-    if getattr(text, "use_sliding_window", False) or "sliding_attention" in (getattr(text, "layer_types", None) or ()):
+    kinds = getattr(text, "layer_types", None) or ()
+    # Mistral has one window for all layers, and no list of their kinds.
+    window = None if kinds else getattr(text, "sliding_window", None)
+    if getattr(text, "use_sliding_window", False) or "sliding_attention" in kinds or window is not None:
         raise UserError(
-            f"{model_class.__name__}: its text decoder has sliding windows, which pretrain_vlm.py does not compute. "
-            f"Use pretrain_transformers.py for this model."
+            f"{model} has sliding windows in its text decoder (sliding_window of config.json), which pretrain_vlm.py "
+            f"does not compute. Use pretrain_transformers.py for this model."
         )
-    return Blueprint(model, next(path for path, module in model.named_modules() if _holds_layers(module)))
 
 
 def _holds_layers(module: nn.Module) -> bool:

@@ -99,7 +99,19 @@ def transformer_config(config: ModelConfig, blueprint: Blueprint, *, transformer
         # Overlapping needs it so, and after a batch the host would wait for the device.
         values["batch_p2p_comm"] = False
     values["moe_router_load_balancing_type"] = "none"  # `balance` computes it
+    if values["activation_func"] is not F.silu:
+        values["bias_activation_fusion"] = False  # megatron-core's fused GELU is an approximation
     values["pipeline_dtype"] = values["params_dtype"]
+    if values.get("fp32_residual_connection") and values["params_dtype"] != torch.float32:
+        raise UserError(
+            "model.json: megatron.fp32_residual_connection: layers here take hidden states in the dtype of their "
+            "weights; remove the key."
+        )
+    if values["params_dtype"] == torch.float16 or values.get("fp16"):
+        raise UserError(
+            "model.json: text_decoder.fp16, or params_dtype fp16: there is no loss scaling, without which small "
+            "gradients vanish; use bf16."
+        )
     # The engine divides by the tokens or samples of the global batch: gradients are only added up till then.
     values["calculate_per_token_loss"] = config.loss_cfg.loss_type != "default"
     if "num_moe_experts" in values and shapes["tensor_model_parallel_size"] > 1 and not values.get("sequence_parallel"):

@@ -64,5 +64,5 @@ def check_first_chunk(count: int, first: range) -> None:
             f"the first {count} layers of the text decoder take features of the vision tower (image_encoder."
             f"vision_encoder.deepstack_visual_indexes), but the first pipeline chunk holds {len(first)}. Use fewer "
             f"pipeline stages or virtual chunks (--pipeline-model-parallel-size, "
-            f"--num-layers-per-virtual-pipeline-stage), or text_decoder.pipeline_num_layers of model.json."
+            f"--virtual-pipeline-model-parallel-size), or text_decoder.pipeline_num_layers of model.json."
         )

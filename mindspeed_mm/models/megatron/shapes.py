@@ -32,10 +32,11 @@ _TEXT: dict[tuple[str, ...], str] = {
     ("norm_topk_prob",): "norm_topk_prob",
 }
 TEXT_KEYS = {key for keys in _TEXT for key in keys}
+_TOWER = "image_encoder.vision_encoder"
 # The towers of Qwen-VL, and those of plain ViTs.
 _VISION: dict[tuple[str, ...], str] = {
     ("num_layers",): "depth|num_hidden_layers",
-    ("hidden_size",): "hidden_size",
+    ("hidden_size",): "embed_dim|hidden_size",  # Qwen2-VL calls hidden_size what comes out
     ("ffn_hidden_size", "intermediate_size"): "intermediate_size",
     ("num_attention_heads",): "num_heads|num_attention_heads",
     ("in_channels", "num_channels"): "in_channels|num_channels",
@@ -56,7 +57,13 @@ _MODEL: dict[tuple[str, ...], str] = {
     ("img_context_token_id",): "image_token_id|image_token_index",
     ("video_token_id",): "video_token_id",
     ("vision_start_token_id",): "vision_start_token_id",
+    (f"{_TOWER}.downsample_ratio", "image_encoder.vision_projector.downsample_ratio", "downsample_ratio"): (
+        "downsample_ratio"
+    ),
+    (f"{_TOWER}.select_layer", "select_layer"): "vision_feature_layer",
 }
+VISION_KEYS = {key for keys in _VISION for key in keys}
+MODEL_KEYS = {key for keys in _MODEL for key in keys}
 # What has to be there where no Hugging Face folder is.
 _REQUIRED_TEXT = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
 _REQUIRED_VISION = ("num_layers", "hidden_size", "num_attention_heads")
@@ -82,6 +89,11 @@ def read_hf_config(config: ModelConfig) -> Any:
     Raises:
         UserError: a shape contradicts the folder, or is missing and there is no folder; the family is not known.
     """
+    if any(lookup(config, key) == "v1" for key in (f"{_TOWER}.ps_version", "ps_version")):
+        raise UserError(
+            f"model.json: {_TOWER}.ps_version is v1, the order of an early InternVL's pixel shuffle; Hugging Face's "
+            f"models, which are built here, have v2."
+        )
     folder = config.init_from_hf_path
     if not folder:
         return _made_from_shapes(config)
@@ -184,16 +196,32 @@ def _made_from_shapes(config: ModelConfig) -> Any:
     for prefix, ours, names, theirs in _parts(config, bare):
         for keys, attribute in names.items():
             if ours is not None and (written := _written(ours, keys)) is not None:
+                if not prefix and _get(theirs, attribute)[1] is None:
+                    continue  # another family's
                 _set(parts[prefix], theirs, attribute, written[1])
     text_values, vision_values, values = parts.values()
     text_values.setdefault("num_key_value_heads", text_values["num_attention_heads"])
     text_values.setdefault("head_dim", text_values["hidden_size"] // text_values["num_attention_heads"])
     if hasattr(bare.vision_config, "out_hidden_size"):
         vision_values["out_hidden_size"] = text_values["hidden_size"]
+    if hasattr(bare.vision_config, "embed_dim"):
+        vision_values.update(_of_qwen2_vl(vision_values, text_values["hidden_size"]))
     if text is not None and text.untie_embeddings_and_output_weights is not None:
         values["tie_word_embeddings"] = not text.untie_embeddings_and_output_weights
     text_config = text_values if family.startswith("qwen") else _plain_decoder(config)(**text_values)
     return make_config(text_config=text_config, vision_config=vision_values, **values)
+
+
+def _of_qwen2_vl(vision: dict[str, Any], text_width: int) -> dict[str, int]:
+    """Return what the tower of Qwen2-VL calls the width of its output, and has in the place of that of its MLP."""
+    width, inner = vision["embed_dim"], vision.pop("intermediate_size", None)
+    if inner is None:
+        return {"hidden_size": text_width}
+    if inner % width:
+        raise UserError(
+            f"model.json: {_TOWER}.ffn_hidden_size {inner} has to be a multiple of hidden_size {width} in Qwen2-VL."
+        )
+    return {"hidden_size": text_width, "mlp_ratio": inner // width}
 
 
 def _is_written(tower: Any, key: str, names: Mapping[tuple[str, ...], str]) -> bool:

@@ -32,7 +32,7 @@ def layers_of_chunks(layers: int, stages: int, chunks: int = 1, written: Any = N
             )
         counts = [[layers // (stages * chunks)] * stages for _ in range(chunks)]
     else:
-        counts = written if isinstance(written[0], list) else [written]
+        counts = written if written and isinstance(written[0], list) else [written]
         if len(counts) != chunks or any(len(row) != stages for row in counts):
             raise UserError(
                 f"{key} is {written}, but there are {stages} pipeline stages (--pipeline-model-parallel-size) of "

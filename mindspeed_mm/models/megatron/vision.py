@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.distributed.fsdp import FSDPModule
 
 from mindspeed_mm.distributed.meta import materialize, meta_init
+from mindspeed_mm.distributed.state import host_group
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.megatron.blueprint import Blueprint
 from mindspeed_mm.models.megatron.split_images import split_images
+from mindspeed_mm.models.transformers.blank_image import add_nothing
 from mindspeed_mm.models.transformers.families import Family, family_of
 from mindspeed_mm.models.transformers.vision_metadata import VisionMetadata
 
@@ -150,26 +154,40 @@ class ImageEncoder(nn.Module):
         backbone, _ = self._unregistered
         captured = backbone.language_model
         backbone.get_input_embeddings = lambda: embed
+        missing = self._missing_calls(media)
         with self._metadata.for_batch(None if self._shares else metadata, input_ids.device):
             backbone(input_ids=input_ids, **media)
         arguments, captured.arguments = captured.arguments, {}
         embeddings = arguments["inputs_embeds"]
-        if all(media.get(key) is None for key in ("pixel_values", "pixel_values_videos")):
-            embeddings = embeddings + self._nothing(embeddings)
+        for _ in range(missing):
+            embeddings = self._add_blank(embeddings)
         return Merged(embeddings, arguments.get("visual_pos_masks"), arguments.get("deepstack_visual_embeds"))
 
-    def _nothing(self, embeddings: Tensor) -> Tensor | float:
-        """Return zero, a function of all parameters that are trained.
+    def _missing_calls(self, media: Mapping[str, Any]) -> int:
+        """Return how often the tower has to be called beside what is in the batch; all ranks ask before they call it.
 
-        Gradients of all of them have to arrive in every micro-batch, or their reduction waits for them for ever.
+        Gradients of what is trained have to arrive in every micro-batch, or their reduction waits for them for ever.
+        Under FSDP2 every call gathers, of frozen parameters too: all ranks have to call it equally often.
         """
-        if self._blank is None or not any(p.requires_grad for p in self.parameters()):
-            return 0.0
-        backbone, _ = self._unregistered
-        blank = {k: v.to(embeddings.device) for k, v in self._blank.items()}
-        leaves = [t for t in tree_leaves(backbone.get_image_features(**blank)) if isinstance(t, Tensor)]
-        zero: Tensor = torch.stack([t.sum() for t in leaves if t.requires_grad]).sum() * 0
-        return zero.to(embeddings.dtype)
+        if self._blank is None or not (self._gathers or any(p.requires_grad for p in self.parameters())):
+            return 0
+        calls = sum(media.get(key) is not None for key in ("pixel_values", "pixel_values_videos"))
+        most = torch.tensor(max(calls, 1))
+        if self._gathers and "pixel_values_videos" in inspect.signature(self._unregistered[0].forward).parameters:
+            # Only the hosts know what is in a batch, and they agree without waiting for their devices.
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=host_group("blank images"))
+        return int(most) - calls
+
+    def _add_blank(self, embeddings: Tensor) -> Tensor:
+        """Add nothing, as a function of all parameters."""
+        assert self._blank is not None
+        blank = {key: value.to(embeddings.device) for key, value in self._blank.items()}
+        return add_nothing(embeddings, self._unregistered[0].get_image_features(**blank))
+
+    @cached_property
+    def _gathers(self) -> bool:
+        """Whether FSDP2 shards parts of it; known from the first batch on."""
+        return dist.get_world_size() > 1 and any(isinstance(module, FSDPModule) for module in self.modules())
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Keep what is not a weight in its dtype, such as the frequencies of rotary angles."""

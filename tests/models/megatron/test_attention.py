@@ -19,7 +19,8 @@ HEADS, GROUPS, SIZE = 4, 2, 8
 
 
 def attention(mask_type: Any = CAUSAL, scale: float | None = None, **config: Any) -> CoreAttention:
-    settings = {"attention_dropout": 0.0, "kv_channels": SIZE, "sequence_parallel": False, "context_parallel_size": 1}
+    settings = {"attention_dropout": 0.0, "kv_channels": SIZE, "sequence_parallel": False}
+    settings |= {"context_parallel_size": 1, "tensor_model_parallel_size": 1}
     return CoreAttention(SimpleNamespace(**settings | config), 1, mask_type, "self", softmax_scale=scale)
 
 
@@ -114,12 +115,13 @@ def test_no_scores_are_held() -> None:
 
 def test_dropout_only_in_training() -> None:
     leaves = inputs(8)
-    with_dropout = attention(attention_dropout=0.5, sequence_parallel=True)
+    with_dropout = attention(attention_dropout=0.5)  # where nothing is split nobody seeds megatron-core's tracker
     torch.manual_seed(0)
     assert not torch.equal(with_dropout(*leaves, None), with_dropout(*leaves, None))
     assert torch.equal(with_dropout.eval()(*leaves, None), attention()(*leaves, None))
 
 
-def test_window_is_refused() -> None:
-    with pytest.raises(UserError, match="window_size"):
-        attention(window_size=(4, 0))
+@pytest.mark.parametrize(("key", "value"), [("window_size", (4, 0)), ("softmax_type", "off-by-one")])
+def test_what_is_not_computed_is_refused(key: str, value: Any) -> None:
+    with pytest.raises(UserError, match=key):
+        attention(**{key: value})

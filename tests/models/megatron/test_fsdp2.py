@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -61,6 +62,39 @@ def test_documented_yaml(ranks2: RankPool, ranks1: RankPool, tmp_path: Path) -> 
             (piece.hf_name, piece.block, piece.view(found[name])) for name, parts in layout.items() for piece in parts
         ]
         assert vlm.worst(listed, grads) <= (1e-5, "")
+
+
+TOWER = """
+sharding_size: auto
+sub_modules_to_wrap:
+  - "text_decoder.decoder.layers.{*}"
+  - "image_encoder.encoder.blocks.{*}"
+"""
+FROZEN = {"vision_encoder": {"freeze": True}, "vision_projector": {"freeze": True}}
+
+
+def loss_of_mine(folder: str, batches: list[dict[str, Tensor]]) -> float:
+    vlm.start()
+    (model,) = vlm.build(folder, image_encoder=FROZEN)
+    prepare_model(model, state.data_parallel_group(), str(Path(folder) / "fsdp2_config.yaml"))
+    loss = model(**batches[dist.get_rank()])["loss_dict"]["loss"]
+    loss.backward()
+    return float(loss.detach())
+
+
+@pytest.mark.parametrize("videos", [[0, 0], [1, 0]], ids=["no-image", "image-and-video"])
+def test_ranks_call_a_frozen_tower_equally_often(ranks2: RankPool, tmp_path: Path, videos: list[int]) -> None:
+    tiny.save_tiny("qwen3_vl", tmp_path)
+    (tmp_path / "fsdp2_config.yaml").write_text(TOWER)
+    images = [[0, 0], [1, 0]] if videos == [0, 0] else [[1, 0], [1, 1]]
+    batches = [
+        tiny.tiny_batch("qwen3_vl", counts, videos=films)
+        for counts, films in zip(images, (videos, [0, 0]), strict=True)
+    ]
+    found = ranks2.run(loss_of_mine, str(tmp_path), batches)
+    for loss, batch in zip(found, batches, strict=True):
+        right, *_ = vlm.oracle("qwen3_vl", batch)
+        assert abs(loss - right) <= 1e-5 * right
 
 
 def plain_layout(folder: str) -> tuple[int, dict[str, list[vlm.Piece]]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from mindspeed_mm.errors import UserError
@@ -108,22 +109,78 @@ def test_losses(ranks1: RankPool, tmp_path: Path, loss_type: str, compute_mode: 
     assert found.get("token_nums", counts.sum()) == counts.sum()
 
 
-def padded_left(folder: str) -> str:
+def refused_masks(folder: str) -> list[str]:
     vlm.start()
     (model,) = vlm.build(folder)
     batch = tiny.tiny_batch("qwen2_5_vl", [0, 0])
-    batch["attention_mask"][1, :3] = 0
-    try:
-        model(**batch)
-    except UserError as error:
-        return str(error)
-    return "no error"
+    left = batch["attention_mask"].clone()
+    left[1, :3] = 0
+    told = []
+    for mask in (left, torch.ones(2, 1, 14, 14, dtype=torch.bool).tril()):
+        try:
+            model(**{**batch, "attention_mask": mask})
+        except UserError as error:
+            told.append(str(error))
+    return told
 
 
-def test_padding_before_tokens_is_refused(ranks1: RankPool, tmp_path: Path) -> None:
+def test_masks_beyond_causality_and_padding_at_the_end_are_refused(ranks1: RankPool, tmp_path: Path) -> None:
     tiny.save_tiny("qwen2_5_vl", tmp_path)
-    (told,) = ranks1.run(padded_left, str(tmp_path))
-    assert "attention_mask" in told and "right" in told
+    ((left, whole),) = ranks1.run(refused_masks, str(tmp_path))
+    assert "attention_mask" in left and "right" in left
+    assert "attention_mask has the shape (2, 1, 14, 14)" in whole and "cu_seqlens" in whole
+
+
+def four_rows_of_positions(folder: str, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    vlm.start()
+    (model,) = vlm.build(folder)
+    positions = model._positions(batch["input_ids"], batch["attention_mask"], batch)
+    text = torch.arange(batch["input_ids"].shape[1]).expand(1, *batch["input_ids"].shape)
+    return positions, model(**batch, position_ids=torch.cat([text, positions]))["logits"].detach()
+
+
+def test_positions_of_the_text_beside_those_of_images(ranks1: RankPool, tmp_path: Path) -> None:
+    """Transformers' packing puts the text's before the three others, to find the samples."""
+    tiny.save_tiny("qwen2_5_vl", tmp_path)
+    batch = tiny.tiny_batch("qwen2_5_vl", [1, 2])
+    ((positions, logits),) = ranks1.run(four_rows_of_positions, str(tmp_path), batch)
+    assert positions.unique(dim=0).shape[0] == 3
+    torch.testing.assert_close(logits, vlm.oracle("qwen2_5_vl", batch)[1], rtol=LIMIT, atol=LIMIT)
+
+
+def only_images_that_fill_up(folder: str, batch: dict[str, Tensor]) -> tuple[float, set[str]]:
+    vlm.start()
+    (model,) = vlm.build(folder)
+    loss = model(**batch)["loss_dict"]["loss"]
+    loss.backward()
+    return float(loss.detach()), {name for name, p in model.named_parameters() if p.grad is None}
+
+
+def test_a_batch_of_text_with_an_image_that_fills_up(ranks1: RankPool, tmp_path: Path) -> None:
+    """As the collators of published InternVL data make it."""
+    tiny.save_tiny("internvl", tmp_path)
+    text = tiny.tiny_batch("internvl", [0, 0])
+    filled = {**text, "pixel_values": torch.zeros(1, 3, 16, 16), "image_flags": torch.zeros(1, 1, dtype=torch.long)}
+    ((loss, without_gradient),) = ranks1.run(only_images_that_fill_up, str(tmp_path), filled)
+    assert abs(loss - vlm.oracle("internvl", text)[0]) <= LIMIT * loss
+    assert not without_gradient
+
+
+def fused_activation(folder: str, batch: dict[str, Tensor]) -> Tensor:
+    vlm.start()
+    (model,) = vlm.build(folder, megatron={"bias_activation_fusion": True})
+    return model(**batch)["logits"].detach()
+
+
+def test_a_fused_activation_is_the_model_s_own(ranks1: RankPool, tmp_path: Path) -> None:
+    """Megatron-core has a fused GELU, which is an approximation of it."""
+    text = {**tiny.tiny_config("llava").text_config.to_dict(), "hidden_act": "gelu", "initializer_range": 0.3}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**text))
+    model.save_pretrained(tmp_path)
+    batch = tiny.tiny_batch("qwen3", [0, 0])
+    (logits,) = ranks1.run(fused_activation, str(tmp_path), batch)
+    right = model(input_ids=batch["input_ids"]).logits.detach()
+    assert (logits - right).abs().max() <= LIMIT * right.abs().max()
 
 
 def sixteen_bits(folder: str) -> tuple[float, Tensor, set[torch.dtype]]:

@@ -50,6 +50,32 @@ SLOW: dict[str, Case] = {
 }
 
 
+# What is frozen, and sizes; the embeddings are tied.
+FROZEN: dict[str, tuple[list[str], dict[str, int]]] = {
+    "the embedding, on two stages": (["text_decoder.embedding"], {"pipeline": 2}),
+    "the output layer, on one stage": (["text_decoder.output_layer"], {}),
+    "the decoder, on two stages": (["text_decoder"], {"pipeline": 2}),
+}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_tied_embeddings_are_frozen_under_both_names(ranks2: RankPool, tmp_path: Path, name: str) -> None:
+    freeze, sizes = FROZEN[name]
+    tiny.save_tiny("qwen2_5_vl", tmp_path, tie=True)
+    batches = micro_batches("qwen2_5_vl")
+    answers = ranks2.run(vlm.train_step, str(tmp_path), batches, sizes, freeze)
+    _, grads = expected(("qwen2_5_vl", True, 2, {}, {}, None))
+    kept = {
+        key: grad
+        for key, grad in grads.items()
+        if "embed_tokens" not in key and ("visual" in key or "text_decoder" not in freeze)
+    }
+    norm = float(torch.nn.utils.get_total_norm(list(kept.values())))
+    for answer in answers:
+        assert abs(answer["norm"] - norm) <= LIMIT * norm
+        assert {key for key, _, gradient in answer["gradients"] if gradient is not None} <= kept.keys()
+
+
 def micro_batches(family: str) -> list[dict[str, Tensor]]:
     """Return four, the second without an image."""
     images = ([1, 2], [0, 0], [2, 0], [0, 1])

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from mindspeed_mm.configs.model import ModelConfig
 from mindspeed_mm.errors import UserError
-from mindspeed_mm.models.megatron.blueprint import read_blueprint
+from mindspeed_mm.models.megatron.blueprint import check_decoder, read_blueprint
+from mindspeed_mm.models.megatron.idle import idle_keys
 from mindspeed_mm.models.megatron.shapes import read_hf_config
 from mindspeed_mm.models.megatron.stages import layers_of_chunks
 from mindspeed_mm.models.vlm_model import VLMModel
@@ -108,6 +110,50 @@ def test_shapes_alone_give_the_same_model(tmp_path: Path, family: str) -> None:
         assert ours.rope_parameters.get(key) == theirs.rope_parameters.get(key)
 
 
+def test_qwen2_vl_has_other_names_for_the_widths_of_its_tower(tmp_path: Path) -> None:
+    written = json.loads(json.dumps(WRITTEN["qwen2_5_vl"]))
+    tower = {key: value for key, value in VISION.items() if key != "hidden_size"} | {"hidden_size": 16}
+    written |= {"model_id": "qwen2vl", "image_encoder": {"vision_encoder": tower}}
+    theirs = transformers.Qwen2VLConfig(
+        text_config=tiny.tiny_config("qwen2_5_vl").text_config.to_dict() | {"model_type": "qwen2_vl_text"},
+        vision_config=dict(
+            depth=2, embed_dim=16, hidden_size=32, mlp_ratio=4, num_heads=4, patch_size=4, temporal_patch_size=2
+        ),
+        architectures=["Qwen2VLForConditionalGeneration"],
+        tie_word_embeddings=False,
+    )
+    theirs.save_pretrained(tmp_path)
+    assert shapes(written) == shapes({"init_from_hf_path": str(tmp_path)})
+    there = {key: value for key, value in written.items() if key not in IDS}
+    assert read_hf_config(ModelConfig.model_validate({**there, "init_from_hf_path": str(tmp_path)}))
+
+
+def test_what_a_tower_gives_is_read_and_compared(tmp_path: Path) -> None:
+    written = json.loads(json.dumps(WRITTEN["internvl"]))
+    written["image_encoder"]["vision_encoder"] |= {"downsample_ratio": 0.25, "select_layer": -2}
+    made = read_hf_config(ModelConfig.model_validate(written))
+    assert (made.downsample_ratio, made.vision_feature_layer) == (0.25, -2)
+    tiny.tiny_config("internvl").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"downsample_ratio is 0.25.*there is 0.5(\n|.)*select_layer is -2"):
+        read_hf_config(ModelConfig.model_validate({**written, "init_from_hf_path": str(tmp_path)}))
+    with pytest.raises(UserError, match="ps_version is v1"):
+        read_hf_config(ModelConfig.model_validate({**WRITTEN["internvl"], "ps_version": "v1"}))
+
+
+def test_keys_that_nobody_reads_are_known() -> None:
+    assert idle_keys(ModelConfig.model_validate(WRITTEN["internvl"])) == []
+    tower = {"num_layers": 2, "drop_path_rate": 0.1, "pipeline_num_layers": [1, 1], "downsample_ratio": 0.5}
+    encoder = {"vision_encoder": tower, "vision_projector": {"freeze": True, "num_layers": 2}, "tp": 1}
+    written = {"image_encoder": encoder, "audio_encoder": {"audio_encoder": {"freeze": True}}, "text_encoder": None}
+    assert idle_keys(ModelConfig.model_validate(written)) == [
+        "audio_encoder",
+        "image_encoder.tp",
+        "image_encoder.vision_encoder.drop_path_rate",
+        "image_encoder.vision_encoder.pipeline_num_layers",
+        "image_encoder.vision_projector.num_layers",
+    ]
+
+
 def build_from_shapes(config: dict[str, Any]) -> int:
     vlm.start()
     return sum(p.numel() for p in VLMModel(ModelConfig.model_validate(config)).parameters())
@@ -176,6 +222,15 @@ def test_a_decoder_of_another_kind_is_refused(tmp_path: Path) -> None:
         read_blueprint(ModelConfig(init_from_hf_path=str(tmp_path)))
 
 
+def test_windows_of_mistral_are_refused(tmp_path: Path) -> None:
+    config = transformers.MistralConfig(sliding_window=8, architectures=["MistralForCausalLM"])
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"'mistral' has sliding windows.*pretrain_transformers"):
+        read_blueprint(ModelConfig(init_from_hf_path=str(tmp_path)))
+    config.sliding_window = None
+    check_decoder(config)
+
+
 def refusal(folder: str, sizes: dict[str, int], model_json: dict[str, Any]) -> str:
     vlm.start(**sizes)
     try:
@@ -202,6 +257,13 @@ def refusal(folder: str, sizes: dict[str, int], model_json: dict[str, Any]) -> s
         ("internvl", {}, {"text_decoder": {"position_embedding_type": "mrope"}}, ["is mrope, not rope"]),
         ("qwen2_5_vl", {}, {"loss_cfg": {"router_aux_loss_coef": 0.1}}, ["router_aux_loss_coef", "has no experts"]),
         ("qwen2_5_vl", {}, {"megatron": {"num_layers": 1}}, ["megatron.num_layers", "Remove the key"]),
+        ("qwen2_5_vl", {}, {"text_decoder": {"fp16": True}}, ["text_decoder.fp16", "loss scaling", "bf16"]),
+        (
+            "qwen2_5_vl",
+            {},
+            {"text_decoder": {"bf16": True}, "megatron": {"fp32_residual_connection": True}},
+            ["megatron.fp32_residual_connection", "Remove the key".lower()],
+        ),
     ],
 )
 def test_a_layout_that_does_not_fit(
@@ -225,8 +287,9 @@ def test_layers_of_chunks() -> None:
     assert layers_of_chunks(5, 2, 2, [[2, 1], [1, 1]]) == [[range(0, 2), range(3, 4)], [range(2, 3), range(4, 5)]]
     with pytest.raises(UserError, match=r"5 layers.*2 pipeline stages"):
         layers_of_chunks(5, 2)
-    with pytest.raises(UserError, match="a list of 2 numbers"):
-        layers_of_chunks(5, 2, 1, [5])
+    for written in ([5], []):
+        with pytest.raises(UserError, match="a list of 2 numbers"):
+            layers_of_chunks(5, 2, 1, written)
 
 
 @pytest.mark.parametrize(

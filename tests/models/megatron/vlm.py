@@ -5,6 +5,7 @@ All functions but :func:`oracle` run on the ranks of a pool.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mindspeed_mm.distributed.parallel import ParallelSizes
 from mindspeed_mm.engine.megatron import MegatronEngine
 from mindspeed_mm.models.megatron.layout import Piece, boxes, pieces
 from mindspeed_mm.models.vlm_model import VLMModel
+from mindspeed_mm.training.megatron_setup import freeze_parts
 from tests.models import tiny
 
 __all__ = ["Piece", "pieces"]
@@ -46,21 +48,21 @@ def build(folder: str | Path, **model_json: Any) -> list[Any]:
 
 
 def train_step(
-    folder: str, batches: list[dict[str, Tensor]], sizes: dict[str, int], **model_json: Any
+    folder: str, batches: list[dict[str, Tensor]], sizes: dict[str, int], freeze: Sequence[str] = (), **model_json: Any
 ) -> dict[str, Any]:
-    """Run forward and backward of one step in a layout, with the product's engine.
+    """Run forward and backward of one step in a layout, with the product's engine; ``freeze`` is that of model.json.
 
     Returns:
         ``loss``, the mean over micro-batches; ``norm`` of the gradient; ``gradients``, see :func:`gradients`.
     """
     start(**sizes)
     built = build(folder, **model_json)
+    freeze_parts(built, freeze)
     wrapped = chunks.reduce_gradients(built, sharded=False)
     mains = MainParameters(wrapped, sharded=False)
     length = batches[0]["input_ids"].shape[1]
-    engine = MegatronEngine(
-        wrapped, mains, torch.optim.SGD(mains.values), clip_grad=0.0, sequence_length=length, micro_batch_size=2
-    )
+    optimizer = torch.optim.SGD([{"params": mains.values}])  # a stage may have none
+    engine = MegatronEngine(wrapped, mains, optimizer, clip_grad=0.0, sequence_length=length, micro_batch_size=2)
 
     def forward_step(iterator: Any, model: Any) -> tuple[Any, Any]:
         return model(**next(iterator)), lambda output: (
