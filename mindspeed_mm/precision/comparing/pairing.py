@@ -13,7 +13,7 @@ from mindspeed_mm.precision.records.sketch import Sketch
 
 _FLOATS = ("float64", "float32", "bfloat16", "float16", "mixed")
 # A gradient that is zero but for rounding is measured against those around it.
-_NEIGHBOURS = 0.1
+NEIGHBOURS = 0.1
 _PHASE_SCALE = 1e-3
 _NORM_OF_DISTANCE = 0.2
 _GRADIENTS = ("grad_local", "grad_reduced", "grad_clipped")
@@ -104,7 +104,7 @@ class Pair:
             return Gap(SAFETY * spread.distance + least, SAFETY * norm + least)
         relative = assumed(self._depth.get(key, 0), *dtypes, *(() if key.phase == "data" else self._coarsest))
         if not self.first:
-            relative = 10 * relative + 10 * self._weights_apart
+            relative = 10 * relative + 10 * self.weights_apart
         # Without a band nothing is known of a bias; it is allowed what noise is.
         return Gap(relative * scale + least, relative * scale + least)
 
@@ -135,7 +135,7 @@ class Pair:
     def _around(self, key: Key) -> float:
         """Return the root mean square that a tensor is at least expected to have, going by its neighbours."""
         if key.phase in _GRADIENTS:
-            return max(self._near.get((key.phase, _block(key.site)), 0.0), self._typical.get(key.phase, 0.0) * 0.01)
+            return max(self._near.get((key.phase, block(key.site)), 0.0), self._typical.get(key.phase, 0.0) * 0.01)
         return self._typical.get(key.phase, 0.0) * _PHASE_SCALE
 
     @cached_property
@@ -143,8 +143,8 @@ class Pair:
         found: dict[tuple[str, str], float] = defaultdict(float)
         for key, sketch in self.reference.entries.items():
             if key.phase in _GRADIENTS and sketch.count:
-                place = (key.phase, _block(key.site))
-                found[place] = max(found[place], _NEIGHBOURS * sketch.norm / sketch.count**0.5)
+                place = (key.phase, block(key.site))
+                found[place] = max(found[place], NEIGHBOURS * sketch.norm / sketch.count**0.5)
         return found
 
     @cached_property
@@ -166,7 +166,8 @@ class Pair:
         return found
 
     @cached_property
-    def _weights_apart(self) -> float:
+    def weights_apart(self) -> float:
+        """How far earlier steps have moved all parameters apart, relative to their norm; 0 at the first step."""
         total = sum(sketch.square_sum for sketch in self.reference.of_phase("weights").values())
         apart = sum(value**2 for values in self._weight_gaps.values() for value in values)
         return float((apart / total) ** 0.5) if total else 0.0
@@ -189,7 +190,7 @@ class Pair:
         return text + (f", on rank {', '.join(map(str, ranks))}" if ranks and len(self.candidate.ranks) > 1 else "")
 
 
-def _block(parameter: str) -> str:
+def block(parameter: str) -> str:
     """Return the module around the one that owns a parameter: its parameters' gradients are of one size."""
     return parameter.rpartition(".")[0].rpartition(".")[0]
 

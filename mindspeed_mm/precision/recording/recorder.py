@@ -71,6 +71,7 @@ class Recorder:
         self._handles: list[Any] = []
         self._capture: Capture | None = None
         self._step = 0
+        self._depth = 0
         self._seen = 0
         self._world = dist.get_world_size() if dist.is_initialized() else 1
         self._rank = dist.get_rank() if dist.is_initialized() else 0
@@ -99,7 +100,7 @@ class Recorder:
             optimizer.register_step_pre_hook(self._update_begins),
             optimizer.register_step_post_hook(self._update_ends),
         ]
-        self._capture.step_begins(self._step)
+        self._step_begins()
 
     def loss(self, loss: Tensor) -> None:
         """Take a micro-batch's loss, as its backward pass starts from it."""
@@ -134,10 +135,19 @@ class Recorder:
         if self._capture:
             self._capture.give_up()
 
+    def _step_begins(self) -> None:
+        assert self._capture is not None
+        # The weights are those of the first forward pass: a loop may write to them behind the optimizer.
+        self._capture.step_begins(self._step, weights=False)
+        self._has_weights = False
+
     def _forward_begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self._capture is not None
         if not (module.training and torch.is_grad_enabled() and self._capture.is_recording):
             return
+        if not self._has_weights:
+            self._capture.weights()
+            self._has_weights = True
         batch = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
         samples = self._capture.micro_batch(batch, first_position=self._seen if self._world == 1 else None)
         self._seen += samples
@@ -164,12 +174,16 @@ class Recorder:
 
     def _update_begins(self, *_: Any) -> None:
         assert self._capture is not None
-        if self._capture.is_recording:
+        self._depth += 1  # the ``step`` of a class that calls its parent's: the hooks of both run
+        if self._depth == 1 and self._capture.is_recording:
             self._rate = self._optimizer.param_groups[0]["lr"]
             self._capture.gradients_clipped(self._norm)
 
     def _update_ends(self, *_: Any) -> None:
         assert self._capture is not None
+        self._depth -= 1
+        if self._depth:
+            return
         if self._capture.is_recording:
             self._capture.updated()
             self._capture.step_ends(learning_rate=self._rate)
@@ -177,7 +191,7 @@ class Recorder:
         if self._step > max(self._plan.steps, default=-1):
             self.close()
         else:
-            self._capture.step_begins(self._step)
+            self._step_begins()
 
 
 def _at_end_of_backward(function: Any) -> None:
