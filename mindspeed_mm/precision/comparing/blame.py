@@ -41,9 +41,11 @@ def blame(pair: Pair, phase: str) -> Blame | None:
     outputs = [key for key in keys if key.what.startswith(_OUTPUT[phase])]
     first = next((key for key in outputs if pair.bad(key)), None)
     if first is None and phase == "backward":
-        # A module without a gradient of its input, an embedding say, has nothing else to show.
-        ends = {key.site for key in keys if key.what.startswith(_INPUT[phase])} - {key.site for key in outputs}
-        first = next((key for key in keys if key.site in ends and pair.bad(key)), None)
+        # A module without a gradient of its input, an embedding say, has nothing else to show, nor has one that makes
+        # nothing of it, a matrix of zeros say, while its parameters' gradients are off.
+        given = [key for key in keys if key.what.startswith(_INPUT[phase])]
+        ends = {key.site for key in given} - {key.site for key in outputs}
+        first = next((key for key in given if (pair.gradients_apart or key.site in ends) and pair.bad(key)), None)
     if first is None:
         return None
     measured = pair.measure(first)

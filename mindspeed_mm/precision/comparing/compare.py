@@ -9,6 +9,7 @@ from mindspeed_mm.precision.comparing import optimizer_phase
 from mindspeed_mm.precision.comparing.band import SAFETY, Band
 from mindspeed_mm.precision.comparing.blame import blame
 from mindspeed_mm.precision.comparing.continuity import before, rewritten
+from mindspeed_mm.precision.comparing.idle import settle
 from mindspeed_mm.precision.comparing.pairing import Pair
 from mindspeed_mm.precision.comparing.samples import difference
 from mindspeed_mm.precision.finding import Finding, Measurement, Verdict
@@ -111,6 +112,8 @@ class Judge:
 
     def forward(self, pair: Pair) -> list[Finding]:
         """Modules in the order in which they ran."""
+        for note in settle(pair):
+            self._note(note)
         found = blame(pair, "forward")
         if found is None:
             return []
