@@ -63,7 +63,7 @@ def blame(pair: Pair, phase: str) -> Blame | None:
         if not (above := _inputs_off(pair, phase, site, keys)):
             break
         wrong = above
-    culprit = _unpaired_child(pair, phase, site)
+    culprit = _unpaired_child(pair, site)
     tensors = f"{_names(wrong)} of {child} {_size(measured_of(pair, wrong))}"
     if culprit:
         return Blame(culprit, f"only one of the two runs calls it; {tensors}", measured)
@@ -111,9 +111,9 @@ def _own(pair: Pair, phase: str, key: Key, measured: Measurement, executed: Sequ
     return f"{name}{own}{key.what} {_size(measured)}, while what it is given agrees"
 
 
-def _unpaired_child(pair: Pair, phase: str, site: str) -> str | None:
+def _unpaired_child(pair: Pair, site: str) -> str | None:
     """Return the one module right inside ``site`` that only one of the runs calls, if it is one."""
-    both = [{key.site for key in step.entries if key.phase == phase} for step in (pair.reference, pair.candidate)]
+    both = [{key.site for key in step.of_phase("forward")} for step in (pair.reference, pair.candidate)]
     executed = [*both[0], *both[1]]
     found = {s for s in both[0] ^ both[1] if s and parent(s, executed) == site}
     return found.pop() if len(found) == 1 else None
