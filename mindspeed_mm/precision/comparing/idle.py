@@ -59,15 +59,22 @@ def _has_no_effect(relative: float, limits: dict[str, float], site: str) -> bool
 
 
 def _limits(pair: Pair) -> dict[str, float]:
-    """Return the modules whose outputs all agree, and what would have been noticed of them."""
+    """Return the modules that make the same of what they are given, and what would have been noticed of them.
+
+    Their outputs agree, and the gradients of all parameters in them that something else was multiplied with.
+    """
     found: dict[str, float] = {}
     off: set[str] = set()
+    given: set[str] = set()
     for key in pair.keys("forward"):
-        row = pair.measure(key) if key.what.startswith("output.") else None
-        if row is not None:
+        row = pair.measure(key)
+        if row is not None and key.what.startswith("output."):
             found[key.site] = max(found.get(key.site, 0.0), row.tolerance)
-            if pair.bad(key):
-                off.add(key.site)
+        if pair.bad(key):
+            (off if key.what.startswith("output.") else given).add(key.site)
+    gradients = [key for phase in ("grad_local", "grad_reduced") for key in pair.keys(phase)]
+    trained = {owner for key in gradients if (owner := key.site.rpartition(".")[0]) in given and pair.bad(key)}
+    off |= {site for site in found for owner in trained if site == owner or _is_around(site, owner)}
     return {site: limit for site, limit in found.items() if site not in off}
 
 
