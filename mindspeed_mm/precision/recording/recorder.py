@@ -78,14 +78,22 @@ class Recorder:
         if model is not None and optimizer is not None:
             self.attach(model, optimizer)
 
-    def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """Begin to record; with several ranks a collective."""
+    def attach(self, model: nn.Module, optimizer: Optimizer, first_step: int = 0) -> None:
+        """Begin to record; with several ranks a collective.
+
+        Args:
+            model: in any wrapper.
+            optimizer: over its parameters.
+            first_step: the steps that a training which goes on has made already.
+        """
+        self._step = first_step
         while isinstance(getattr(optimizer, "optimizer", None), Optimizer):  # accelerate wraps it
             optimizer = optimizer.optimizer
         root = innermost(model)
         writer = RecordWriter(self._folder, self._rank, self._world)
         if self._rank == 0:
-            writer.start({**_about(), **self._settings, "effective": effective_values(root, optimizer)})
+            about = {**_about(), **self._settings, "effective": effective_values(root, optimizer)}
+            writer.start(about, first_step)
         if self._world > 1:
             dist.barrier()
         device = next(root.parameters()).device
@@ -119,7 +127,7 @@ class Recorder:
             def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 """Training begins; model and optimizer are as they will be."""
                 recorder._settings.setdefault("training_arguments", args.to_dict())
-                recorder.attach(kwargs["model"], kwargs["optimizer"])
+                recorder.attach(kwargs["model"], kwargs["optimizer"], state.global_step)
 
             def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 """Training is over."""
