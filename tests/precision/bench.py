@@ -14,6 +14,7 @@ from mindspeed_mm.precision.finding import Finding
 from mindspeed_mm.precision.records.record import Record
 from tests.precision.faults import FAULTS, Fault
 from tests.precision.more_faults import MORE
+from tests.precision.port_faults import PORT
 from tests.ranks import RankPool
 from tests.training.job import Job, run_here
 
@@ -117,7 +118,7 @@ def record(
         pool: of one rank or more.
         folder: for everything.
         hf_folder: the model.
-        fault: one of ``FAULTS`` or ``MORE``.
+        fault: one of ``FAULTS``, ``MORE`` or ``PORT``.
         change: a harmless change of the job.
         program: a harmless change of the program, a function at the top level of a module.
         dtype: ``fp32`` or ``bf16``.
@@ -165,7 +166,7 @@ def train_here(
 
 def find(name: str | None) -> Fault | None:
     """Return a fault by its name."""
-    return None if name is None else {**FAULTS, **MORE}[name]
+    return None if name is None else {**FAULTS, **MORE, **PORT}[name]
 
 
 def answers(name: str, found: Finding | None) -> bool:

@@ -14,6 +14,7 @@ from mindspeed_mm.precision.records.record import Record
 from tests.precision.bench import answers, find, record, save_model
 from tests.precision.faults import FAULTS
 from tests.precision.more_faults import MORE
+from tests.precision.port_faults import PORT
 from tests.precision.test_controls import eager, nothing, recomputed
 from tests.ranks import RankPool
 from tests.training.job import Job
@@ -92,7 +93,7 @@ def test_all_faults_in_bf16(name: str, ranks: int, bench: Bench, tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", MORE)
+@pytest.mark.parametrize("name", [*MORE, *PORT])
 def test_faults_that_nothing_was_written_for(name: str, bench: Bench, tmp_path: Path) -> None:
     fault = find(name)
     check(bench, name, "fp32", fault.ranks if fault else 1, tmp_path)

@@ -41,9 +41,11 @@ def blame(pair: Pair, phase: str) -> Blame | None:
     outputs = [key for key in keys if key.what.startswith(_OUTPUT[phase])]
     first = next((key for key in outputs if pair.bad(key)), None)
     if first is None and phase == "backward":
-        # A module without a gradient of its input, an embedding say, has nothing else to show.
-        ends = {key.site for key in keys if key.what.startswith(_INPUT[phase])} - {key.site for key in outputs}
-        first = next((key for key in keys if key.site in ends and pair.bad(key)), None)
+        # A module without a gradient of its input, an embedding say, has nothing else to show, nor has one that makes
+        # nothing of it, a matrix of zeros say, while its parameters' gradients are off.
+        given = [key for key in keys if key.what.startswith(_INPUT[phase])]
+        ends = {key.site for key in given} - {key.site for key in outputs}
+        first = next((key for key in given if (pair.gradients_apart or key.site in ends) and pair.bad(key)), None)
     if first is None:
         return None
     measured = pair.measure(first)
@@ -61,7 +63,7 @@ def blame(pair: Pair, phase: str) -> Blame | None:
         if not (above := _inputs_off(pair, phase, site, keys)):
             break
         wrong = above
-    culprit = _unpaired_child(pair, phase, site)
+    culprit = _unpaired_child(pair, site)
     tensors = f"{_names(wrong)} of {child} {_size(measured_of(pair, wrong))}"
     if culprit:
         return Blame(culprit, f"only one of the two runs calls it; {tensors}", measured)
@@ -109,9 +111,9 @@ def _own(pair: Pair, phase: str, key: Key, measured: Measurement, executed: Sequ
     return f"{name}{own}{key.what} {_size(measured)}, while what it is given agrees"
 
 
-def _unpaired_child(pair: Pair, phase: str, site: str) -> str | None:
+def _unpaired_child(pair: Pair, site: str) -> str | None:
     """Return the one module right inside ``site`` that only one of the runs calls, if it is one."""
-    both = [{key.site for key in step.entries if key.phase == phase} for step in (pair.reference, pair.candidate)]
+    both = [{key.site for key in step.of_phase("forward")} for step in (pair.reference, pair.candidate)]
     executed = [*both[0], *both[1]]
     found = {s for s in both[0] ^ both[1] if s and parent(s, executed) == site}
     return found.pop() if len(found) == 1 else None

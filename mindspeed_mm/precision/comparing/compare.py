@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from mindspeed_mm.precision.comparing import optimizer_phase
 from mindspeed_mm.precision.comparing.band import SAFETY, Band
 from mindspeed_mm.precision.comparing.blame import blame
+from mindspeed_mm.precision.comparing.continuity import before, rewritten
+from mindspeed_mm.precision.comparing.idle import settle
 from mindspeed_mm.precision.comparing.pairing import Pair
 from mindspeed_mm.precision.comparing.samples import difference
 from mindspeed_mm.precision.finding import Finding, Measurement, Verdict
-from mindspeed_mm.precision.records.record import PHASES, Key, Record
+from mindspeed_mm.precision.records.record import PHASES, Key, Record, StepRecord
 
 _GRADIENT_WORDS = {
     "grad_local": "gradients of the parameters, before they are reduced",
@@ -90,9 +92,9 @@ class Judge:
         return [Finding("data", found[0], pair.step, found[1], command)]
 
     def weights(self, pair: Pair) -> list[Finding]:
-        """The parameters at the start; later ones are what the optimizer made of them."""
+        """The parameters at the start; later ones have to be what the optimizer made of them."""
         if not pair.first:
-            return []
+            return self._rewritten(pair)
         command = f"mindspeed-mm precision state-diff {self._folders}"
         found = []
         for keys, words in (
@@ -110,6 +112,8 @@ class Judge:
 
     def forward(self, pair: Pair) -> list[Finding]:
         """Modules in the order in which they ran."""
+        for note in settle(pair):
+            self._note(note)
         found = blame(pair, "forward")
         if found is None:
             return []
@@ -160,14 +164,29 @@ class Judge:
 
     def optimizer(self, pair: Pair) -> list[Finding]:
         """The optimizer, judged by replaying its step."""
-        before = pair.step - 1
-        earlier = None
-        if before in self.reference.steps and before in self.candidate.steps:
-            earlier = (self.reference.step(before), self.candidate.step(before))
-        found, notes = optimizer_phase.judge(pair, earlier, self._replay("optimizer", pair.step))
+        found, notes = optimizer_phase.judge(pair, *self._before(pair), self._replay("optimizer", pair.step))
         for note in notes:
             self._note(note)
         return found
+
+    def _rewritten(self, pair: Pair) -> list[Finding]:
+        """Parameters that something wrote to since the optimizer's last step, and in the reference nothing."""
+        reference, candidate = self._before(pair)
+        if candidate is None or reference is None:
+            return []
+        found = rewritten(candidate, pair.candidate)
+        for site in rewritten(reference, pair.reference):
+            found.pop(site, None)
+        if not found:
+            return []
+        worst = max(found, key=lambda site: found[site])
+        text = f"since the optimizer's step {pair.step - 1} something else has changed {_some(list(found))}; "
+        text += f"{worst} by {found[worst]:.2g} of its norm"
+        command = "see what writes to them between two steps: an average, a tie, a cast, a checkpoint"
+        return [_of_parameters("weights", pair, list(found), text, command)]
+
+    def _before(self, pair: Pair) -> tuple[StepRecord | None, StepRecord | None]:
+        return before(self.reference, pair.step), before(self.candidate, pair.step)
 
     def _close(self, pair: Pair, name: str, ours: float, theirs: float) -> bool:
         if not (math.isfinite(ours) and math.isfinite(theirs)):
@@ -177,7 +196,9 @@ class Judge:
             allowed += SAFETY * pair.band.scalars[pair.step, name]
         elif name == "loss":
             coarse = any(s.dtype in ("bfloat16", "float16") for s in pair.reference.of_phase("forward").values())
-            allowed = (2e-2 if coarse else 1e-5) * abs(ours) * (1 if pair.first else 10)
+            allowed = (2e-2 if coarse else 1e-5) * abs(ours)
+            if not pair.first:
+                allowed = 10 * allowed + 10 * pair.weights_apart * abs(ours)
         return abs(ours - theirs) <= allowed
 
     def _tabulate(self, pair: Pair) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from mindspeed_mm.precision.comparing.band import Gap, gap
 from mindspeed_mm.precision.comparing.compare import common_site
+from mindspeed_mm.precision.comparing.continuity import rewritten
 from mindspeed_mm.precision.finding import Finding, Measurement, Verdict
 from mindspeed_mm.precision.records.record import PHASES, Key, Record, StepRecord
 from mindspeed_mm.precision.records.sketch import Sketch
@@ -141,16 +142,7 @@ def _writes(record: Record, step: StepRecord) -> list[Finding]:
     """Only the optimizer writes parameters: a step's weights plus its update are the next step's weights."""
     if step.step + 1 not in record.steps:
         return []
-    after = record.step(step.step + 1)
-    off: dict[str, float] = {}
-    for key, before in step.of_phase("weights").items():
-        update, now = step.entries.get(Key("optimizer", key.site, "update")), after.entries.get(key)
-        if now is None or now.shape != before.shape:
-            continue
-        expected = before.vector + (update.vector if update is not None else 0.0)
-        apart = float(np.linalg.norm(now.vector - expected)) / len(expected) ** 0.5
-        if apart > 2e-6 * max(now.norm, before.norm):
-            off[key.site] = apart / max(now.norm, 1e-30)
+    off = rewritten(step, record.step(step.step + 1))
     if not off:
         return []
     worst = max(off, key=lambda site: off[site])

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from statistics import median
 
 import numpy as np
 from torch import Tensor
 
-from mindspeed_mm.precision.comparing.band import SAFETY, Gap
+from mindspeed_mm.precision.comparing.band import SAFETY, Gap, gap
+from mindspeed_mm.precision.comparing.continuity import STATES, begun_apart, replaced, start, steps_made
 from mindspeed_mm.precision.comparing.pairing import Pair
 from mindspeed_mm.precision.finding import Finding
 from mindspeed_mm.precision.records.record import Key, StepRecord
 from mindspeed_mm.precision.replaying.optimizer_replay import Explanation, differences, explain
-from mindspeed_mm.precision.replaying.optimizer_rules import ADAM_STATE, SGD_STATE, ParameterStep, Setting
+from mindspeed_mm.precision.replaying.optimizer_rules import ParameterStep, Setting
 
-_STATES = (*ADAM_STATE, *SGD_STATE)
 _LINEAR = 1e-4
-_NORM_GAP = 0.02
+_NORM_GAP = _UPDATE_GAP = 0.02
+_LEAST = 1e-6
 
 
 def settings(step: StepRecord) -> dict[str, Setting]:
@@ -59,14 +60,23 @@ def declared(pair: Pair, command: str) -> list[Finding]:
     return found
 
 
-def judge(pair: Pair, earlier: tuple[StepRecord, StepRecord] | None, command: str) -> tuple[list[Finding], list[str]]:
+def judge(
+    pair: Pair, reference: StepRecord | None, candidate: StepRecord | None, command: str
+) -> tuple[list[Finding], list[str]]:
     """Return findings and notes about the optimizer step of ``pair``.
 
     Args:
         pair: the step; everything up to the clipped gradients agrees.
-        earlier: the step before it of both runs, if it was recorded.
+        reference: the step before it of the reference, if it was recorded.
+        candidate: the same of the candidate.
         command: what to run next.
     """
+    found, notes = _made(pair, candidate, command)
+    return [*_carried(pair, reference, candidate), *found], notes
+
+
+def _made(pair: Pair, earlier: StepRecord | None, command: str) -> tuple[list[Finding], list[str]]:
+    """Judge what the optimizer made of parameters, gradients and state."""
     expected, theirs = settings(pair.reference), settings(pair.candidate)
     stated = declared(pair, command)
     if not expected or not theirs:
@@ -82,9 +92,36 @@ def judge(pair: Pair, earlier: tuple[StepRecord, StepRecord] | None, command: st
         return stated, []
     if stated:
         return stated, []
-    found = _linear(pair, earlier, expected, command) or _sizes(pair, command)
+    found = _linear(pair, earlier, expected, command) or _updates(pair, expected, command)
     note = "no tensors were kept (tensors=...): the optimizer was judged by digests, which see less than its replay"
     return found, [note] if _has_update(pair) and not found else []
+
+
+def _carried(pair: Pair, reference: StepRecord | None, candidate: StepRecord | None) -> list[Finding]:
+    """Judge the state that the optimizer was given: what the step before has left, or what a checkpoint has."""
+    known = settings(pair.reference)
+    command = "see what saves, loads or resets the optimizer's state"
+    ours, theirs = steps_made(pair.reference), steps_made(pair.candidate)
+    if other := [name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]]:
+        text = f"the state of {len(other)} of {len(ours)} parameters has seen {theirs[other[0]]:g} steps, in the "
+        text += f"reference {ours[other[0]]:g}: it was lost on the way, or its count was"
+        return [finding(pair, "step", sorted(other), known or ours, text, command)]
+    off: dict[str, list[str]] = {}
+    words = "is not what the step before has left"
+    if candidate is not None:
+        kept = {} if reference is None else replaced(reference, pair.reference)
+        off = {
+            what: left
+            for what, names in replaced(candidate, pair.candidate).items()
+            if (left := [name for name in names if name not in kept.get(what, ())])
+        }
+    if pair.first and not off:
+        words = "is not the reference's"
+        off = begun_apart(start(pair.reference, reference), start(pair.candidate, candidate))
+    for what, names in off.items():
+        text = f"{what} of {len(names)} parameters {words}, before the optimizer makes its step"
+        return [finding(pair, what, sorted(names), known or dict.fromkeys(names), text, command)]
+    return []
 
 
 def _replayed(pair: Pair, explanation: Explanation, expected: Mapping[str, Setting], command: str) -> Finding:
@@ -98,7 +135,7 @@ def _replayed(pair: Pair, explanation: Explanation, expected: Mapping[str, Setti
 
 
 def finding(
-    pair: Pair, what: str, names: list[str] | tuple[str, ...], known: Mapping[str, Setting], text: str, command: str
+    pair: Pair, what: str, names: list[str] | tuple[str, ...], known: Collection[str], text: str, command: str
 ) -> Finding:
     """Return a finding about some parameters' optimizer step."""
     from mindspeed_mm.precision.comparing.compare import common_site
@@ -110,16 +147,14 @@ def finding(
     return Finding("optimizer", f"{what} of {site}" if site else what, pair.step, text, command, sites=tuple(names))
 
 
-def _linear(
-    pair: Pair, earlier: tuple[StepRecord, StepRecord] | None, expected: Mapping[str, Setting], command: str
-) -> list[Finding]:
+def _linear(pair: Pair, earlier: StepRecord | None, expected: Mapping[str, Setting], command: str) -> list[Finding]:
     """Check the state's recursion on the candidate's own digests: it is linear in what they add up."""
     if pair.step > 0 and earlier is None:
         return []
-    for state in _STATES:
+    for state in STATES:
         off: dict[str, str] = {}
         for name, setting in expected.items():
-            problem = _recursion(pair.candidate, earlier[1] if earlier else None, name, state, setting)
+            problem = _recursion(pair.candidate, earlier, name, state, setting)
             if problem is not None:
                 off[name] = problem
         if off:
@@ -159,28 +194,39 @@ def _recursion(step: StepRecord, earlier: StepRecord | None, name: str, state: s
     return f"it is {parts[0]:.4g} x itself + {parts[1]:.4g} x the gradient + {parts[2]:.3g} x the parameter"
 
 
-def _sizes(pair: Pair, command: str) -> list[Finding]:
-    """Compare the sizes of updates, which the signs of noise leave alone; only what concerns most of them counts."""
-    gaps = {}
+def _updates(pair: Pair, expected: Mapping[str, Setting], command: str) -> list[Finding]:
+    """Compare updates themselves, each as closely as the gradient and the state behind it agree."""
+    off, ratios = [], []
     for key in pair.keys("optimizer"):
         ours, theirs = pair.reference.entries[key], pair.candidate.entries.get(key)
-        if key.what == "update" and theirs is not None and ours.norm > 0:
-            spread = SAFETY * pair.band.spreads.get((pair.step, key), Gap()).norm / ours.norm if pair.band else 0.0
-            gaps[key.site] = (
-                abs(theirs.norm / ours.norm - 1),
-                min(max(_NORM_GAP, spread), 0.5),
-                theirs.norm / ours.norm,
-            )
-    off = [site for site, (size, allowed, _) in gaps.items() if size > allowed]
-    if not gaps or len(off) < 0.5 * len(gaps):
+        if key.what != "update" or theirs is None or not ours.norm > 0:
+            continue
+        found = gap(ours, theirs)
+        spread = pair.band.spreads.get((pair.step, key), Gap()) if pair.band else Gap()
+        # Adam makes +lr or -lr of a gradient however small. A share d of noise in it turns the signs of a share d of
+        # its elements, whose updates are then 2 lr apart: 2 sqrt(d) of the whole. The norm does not see signs.
+        noise = _UPDATE_GAP + 4 * (_noise(pair, key.site) + _LEAST) ** 0.5
+        sizes = max(_NORM_GAP, min(0.5, noise)) * ours.norm
+        if found.distance > SAFETY * spread.distance + noise * ours.norm or found.norm > SAFETY * spread.norm + sizes:
+            off.append(key.site)
+            ratios.append(theirs.norm / ours.norm)
+    if not off:
         return []
-    ratio = median(gaps[site][2] for site in off)
-    text = f"the updates of {len(off)} of {len(gaps)} parameters are about {ratio:.4g} times the reference's in size"
-    return [finding(pair, "update", off, dict.fromkeys(gaps, Setting()), text, command)]
+    size = f"; they are about {ratio:.4g} times as large" if abs((ratio := median(ratios)) - 1) > _NORM_GAP else ""
+    text = f"the updates of {len(off)} of {len(expected)} parameters are not the reference's, while gradients and "
+    text += f"state agree{size}"
+    return [finding(pair, "update", off, expected, text, command)]
+
+
+def _noise(pair: Pair, site: str) -> float:
+    """Return how far the gradient of a parameter, and its state after the step, are apart, the largest share."""
+    keys = [Key("grad_clipped", site, "gradient"), *(Key("optimizer", site, state) for state in STATES)]
+    found = [row.relative for key in keys if (row := pair.measure(key))]
+    return max(found, default=1.0)
 
 
 def _state(step: StepRecord, name: str, when: str = "") -> dict[str, Tensor]:
-    kept = {what: step.tensor(Key("optimizer", name, what + when)) for what in _STATES}
+    kept = {what: step.tensor(Key("optimizer", name, what + when)) for what in STATES}
     return {what: tensor for what, tensor in kept.items() if tensor is not None}
 
 

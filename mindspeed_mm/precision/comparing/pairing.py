@@ -13,9 +13,10 @@ from mindspeed_mm.precision.records.sketch import Sketch
 
 _FLOATS = ("float64", "float32", "bfloat16", "float16", "mixed")
 # A gradient that is zero but for rounding is measured against those around it.
-_NEIGHBOURS = 0.1
+NEIGHBOURS = 0.1
 _PHASE_SCALE = 1e-3
 _NORM_OF_DISTANCE = 0.2
+_COUNTED = 1e-6  # relative, of integers: they are added up in float32
 _GRADIENTS = ("grad_local", "grad_reduced", "grad_clipped")
 
 
@@ -33,6 +34,7 @@ class Pair:
         self.step = reference.step
         self.band = band
         self.first = first
+        self.idle: set[Key] = set()
         self._known: dict[Key, Measurement | None] = {}
 
     def keys(self, phase: str) -> list[Key]:
@@ -54,8 +56,8 @@ class Pair:
         return [key for key in self.candidate.entries if key.phase == phase and key not in ours]
 
     def bad(self, key: Key) -> bool:
-        """Whether both have the tensor, it can be compared, and it is out of the band."""
-        found = self.measure(key)
+        """Whether both have the tensor, it can be compared, and it is out of the band in a way that matters."""
+        found = None if key in self.idle else self.measure(key)
         return found is not None and not found.in_band
 
     def measure(self, key: Key) -> Measurement | None:
@@ -66,6 +68,8 @@ class Pair:
 
     def _measure(self, key: Key) -> Measurement | None:
         ours, theirs = self.reference.entries.get(key), self.candidate.entries.get(key)
+        if ours is not None and theirs is None and self._is_cut(key):
+            return Measurement(self.step, key.phase, key.site, key.what, 1.0, 0.0, "no gradient arrives there")
         if ours is None or theirs is None or (ours.dtype in _FLOATS) != (theirs.dtype in _FLOATS):
             return None
         note = ""
@@ -76,7 +80,7 @@ class Pair:
         by_place = "index" in (ours.rows, theirs.rows) or ours.rows != theirs.rows
         found = gap(ours, theirs)
         if ours.count != theirs.count:
-            if by_place:
+            if by_place or ours.dtype not in _FLOATS:
                 return None
             note = note or f"shape {_show(theirs.shape)}, in the reference {_show(ours.shape)}"
         elif ours.shape != theirs.shape or (by_place and not self.same_split):
@@ -90,7 +94,9 @@ class Pair:
         return Measurement(self.step, key.phase, key.site, key.what, apart / scale, limit / scale, note)
 
     def _allowed(self, key: Key, ours: Sketch, theirs: Sketch) -> Gap:
-        dtypes = (ours.dtype, theirs.dtype) if ours.dtype in _FLOATS else ("float64",)
+        if ours.dtype not in _FLOATS:
+            return Gap(_COUNTED * ours.norm, _COUNTED * ours.norm)
+        dtypes = (ours.dtype, theirs.dtype)
         lowest = floor(*dtypes)
         scale = max(ours.norm, self._around(key) * ours.count**0.5)
         spread = None if self.band is None else self.band.spreads.get((self.step, key))
@@ -104,9 +110,24 @@ class Pair:
             return Gap(SAFETY * spread.distance + least, SAFETY * norm + least)
         relative = assumed(self._depth.get(key, 0), *dtypes, *(() if key.phase == "data" else self._coarsest))
         if not self.first:
-            relative = 10 * relative + 10 * self._weights_apart
+            relative = 10 * relative + 10 * self.weights_apart
         # Without a band nothing is known of a bias; it is allowed what noise is.
         return Gap(relative * scale + least, relative * scale + least)
+
+    @cached_property
+    def gradients_apart(self) -> bool:
+        """Whether parameters that both train have another gradient in the candidate, or none."""
+        if any(key.what == "update" for key in [*self.missing("optimizer"), *self.extra("optimizer")]):
+            return False
+        phases = ("grad_local", "grad_reduced")
+        return any(self.missing(phase) or any(map(self.bad, self.keys(phase))) for phase in phases)
+
+    def _is_cut(self, key: Key) -> bool:
+        """Whether this gradient, which the candidate lacks, is one of a tensor that both have computed."""
+        ours, twin = self.reference.entries[key], Key("forward", key.site, key.what.removeprefix("grad_"))
+        if key.phase != "backward" or ours.rows == "index" or not ours.norm > 0:
+            return False
+        return twin in self.reference.entries and twin in self.candidate.entries and self.gradients_apart
 
     @cached_property
     def same_split(self) -> bool:
@@ -135,7 +156,7 @@ class Pair:
     def _around(self, key: Key) -> float:
         """Return the root mean square that a tensor is at least expected to have, going by its neighbours."""
         if key.phase in _GRADIENTS:
-            return max(self._near.get((key.phase, _block(key.site)), 0.0), self._typical.get(key.phase, 0.0) * 0.01)
+            return max(self._near.get((key.phase, block(key.site)), 0.0), self._typical.get(key.phase, 0.0) * 0.01)
         return self._typical.get(key.phase, 0.0) * _PHASE_SCALE
 
     @cached_property
@@ -143,8 +164,8 @@ class Pair:
         found: dict[tuple[str, str], float] = defaultdict(float)
         for key, sketch in self.reference.entries.items():
             if key.phase in _GRADIENTS and sketch.count:
-                place = (key.phase, _block(key.site))
-                found[place] = max(found[place], _NEIGHBOURS * sketch.norm / sketch.count**0.5)
+                place = (key.phase, block(key.site))
+                found[place] = max(found[place], NEIGHBOURS * sketch.norm / sketch.count**0.5)
         return found
 
     @cached_property
@@ -166,7 +187,8 @@ class Pair:
         return found
 
     @cached_property
-    def _weights_apart(self) -> float:
+    def weights_apart(self) -> float:
+        """How far earlier steps have moved all parameters apart, relative to their norm; 0 at the first step."""
         total = sum(sketch.square_sum for sketch in self.reference.of_phase("weights").values())
         apart = sum(value**2 for values in self._weight_gaps.values() for value in values)
         return float((apart / total) ** 0.5) if total else 0.0
@@ -189,7 +211,7 @@ class Pair:
         return text + (f", on rank {', '.join(map(str, ranks))}" if ranks and len(self.candidate.ranks) > 1 else "")
 
 
-def _block(parameter: str) -> str:
+def block(parameter: str) -> str:
     """Return the module around the one that owns a parameter: its parameters' gradients are of one size."""
     return parameter.rpartition(".")[0].rpartition(".")[0]
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.precision.comparing import optimizer_phase
+from mindspeed_mm.precision.comparing.continuity import before
 from mindspeed_mm.precision.comparing.pairing import Pair
 from mindspeed_mm.precision.finding import Finding, Measurement, Verdict
 from mindspeed_mm.precision.records.record import Key, Record, StepRecord
@@ -54,7 +55,7 @@ def replay_optimizer(reference: Record, candidate: Record, step: int) -> Verdict
             optimizer_phase.finding(pair, answer.earliest, sorted(answer.deviating), declared, text, command)
         )
     verdict.notes += _bitwise(pair.reference, steps)
-    found, notes = optimizer_phase.judge(pair, None, command)
+    found, notes = optimizer_phase.judge(pair, before(reference, step), before(candidate, step), command)
     verdict.findings += found
     verdict.notes += notes
     return verdict

@@ -106,5 +106,6 @@ def _states(reference: Record, candidate: Record) -> tuple[dict[Key, Sketch], di
     if common:
         for found, record in zip(weights, (reference, candidate), strict=True):
             entries = record.step(common[0]).of_phase("optimizer")
-            found |= {key: sketch for key, sketch in entries.items() if key.what not in ("update", "parameter")}
+            left_out = ("update", "parameter")
+            found |= {k: s for k, s in entries.items() if k.what not in left_out and not k.what.endswith(".before")}
     return weights

@@ -49,26 +49,38 @@ class Capture:
         self.plan = plan
         self.device = device
         self._step: _Step | None = None
+        self._written: int | None = None
 
     @property
     def is_recording(self) -> bool:
         """Whether the running step is recorded."""
         return self._step is not None
 
-    def step_begins(self, step: int) -> None:
-        """Attach to the model if ``step``, the iterations done before it, is to be recorded."""
+    def step_begins(self, step: int, weights: bool = True) -> None:
+        """Attach to the model if ``step``, the iterations done before it, is to be recorded.
+
+        ``weights``: take them now; otherwise :meth:`weights` is called before the forward pass.
+        """
         self.give_up()
         if step not in self.plan.steps:
             return
         self._step = taken = _Step(step, StepPool(self.view.speaks))
         taken.held = self.view.held
+        if weights:
+            self.weights()
+        if self.plan.modules:
+            taken.hooks = self.view.hooks(taken.pool, self.plan.tensors)
+            taken.hooks.install()
+
+    def weights(self) -> None:
+        """Take the parameters and buffers, as the step finds them."""
+        taken = self._step
+        if taken is None:
+            return
         for held in taken.held:
             self._add("weights", "parameter", held, held.value)
         for name, value in self.view.buffers().items():
             taken.pool.add_whole(Key("weights", name, "buffer"), value)
-        if self.plan.modules:
-            taken.hooks = self.view.hooks(taken.pool, self.plan.tensors)
-            taken.hooks.install()
 
     def give_up(self) -> None:
         """Detach and forget the step that is recorded, if there is one."""
@@ -134,9 +146,12 @@ class Capture:
         self._add_gradients("grad_clipped")
         taken.before = [place(held.value).local.detach().clone() for held in taken.held]
         taken.groups = self._groups()
+        follows = self._written == taken.step - 1  # then it is what that step has left, whose digest is there
         for held, what, value in self._state():
             for name, placed in held.parts(value):
                 self._keep(Key("optimizer", name, f"{what}.before"), placed)
+                if not follows:
+                    taken.pool.add_whole(Key("optimizer", name, f"{what}.before"), placed)
 
     def updated(self) -> None:
         """Take what the optimizer made."""
@@ -176,6 +191,7 @@ class Capture:
         for name, value in {**taken.scalars, **scalars}.items():
             data.scalars[name] = (float(value), "same")
         self.writer.write(taken.step, data)
+        self._written = taken.step
 
     def _add_gradients(self, phase: str) -> None:
         taken = self._step

@@ -109,8 +109,6 @@ def _seen(site: Site, what: str, value: Tensor, batch: BatchRows, vision: bool) 
     shape = value.shape
     if not value.ndim or batch.are_masks(shape):
         return None  # a loss, which is recorded as one, or how attention is done
-    if not value.is_floating_point() and what.startswith("input.") and what != "input.0":
-        return None  # positions and such: what is made of them is recorded, and not all batches hand them on
     rows = batch.of(shape, vision=vision)
     if rows is None and (vision or not value.is_floating_point()) and batch.knows_tokens:
         return None  # a blank image, which belongs to no sample, or a table of numbers

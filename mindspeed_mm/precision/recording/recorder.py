@@ -71,20 +71,29 @@ class Recorder:
         self._handles: list[Any] = []
         self._capture: Capture | None = None
         self._step = 0
+        self._depth = 0
         self._seen = 0
         self._world = dist.get_world_size() if dist.is_initialized() else 1
         self._rank = dist.get_rank() if dist.is_initialized() else 0
         if model is not None and optimizer is not None:
             self.attach(model, optimizer)
 
-    def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """Begin to record; with several ranks a collective."""
+    def attach(self, model: nn.Module, optimizer: Optimizer, first_step: int = 0) -> None:
+        """Begin to record; with several ranks a collective.
+
+        Args:
+            model: in any wrapper.
+            optimizer: over its parameters.
+            first_step: the steps that a training which goes on has made already.
+        """
+        self._step = first_step
         while isinstance(getattr(optimizer, "optimizer", None), Optimizer):  # accelerate wraps it
             optimizer = optimizer.optimizer
         root = innermost(model)
         writer = RecordWriter(self._folder, self._rank, self._world)
         if self._rank == 0:
-            writer.start({**_about(), **self._settings, "effective": effective_values(root, optimizer)})
+            about = {**_about(), **self._settings, "effective": effective_values(root, optimizer)}
+            writer.start(about, first_step)
         if self._world > 1:
             dist.barrier()
         device = next(root.parameters()).device
@@ -99,7 +108,7 @@ class Recorder:
             optimizer.register_step_pre_hook(self._update_begins),
             optimizer.register_step_post_hook(self._update_ends),
         ]
-        self._capture.step_begins(self._step)
+        self._step_begins()
 
     def loss(self, loss: Tensor) -> None:
         """Take a micro-batch's loss, as its backward pass starts from it."""
@@ -118,7 +127,7 @@ class Recorder:
             def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 """Training begins; model and optimizer are as they will be."""
                 recorder._settings.setdefault("training_arguments", args.to_dict())
-                recorder.attach(kwargs["model"], kwargs["optimizer"])
+                recorder.attach(kwargs["model"], kwargs["optimizer"], state.global_step)
 
             def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 """Training is over."""
@@ -134,10 +143,19 @@ class Recorder:
         if self._capture:
             self._capture.give_up()
 
+    def _step_begins(self) -> None:
+        assert self._capture is not None
+        # The weights are those of the first forward pass: a loop may write to them behind the optimizer.
+        self._capture.step_begins(self._step, weights=False)
+        self._has_weights = False
+
     def _forward_begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self._capture is not None
         if not (module.training and torch.is_grad_enabled() and self._capture.is_recording):
             return
+        if not self._has_weights:
+            self._capture.weights()
+            self._has_weights = True
         batch = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
         samples = self._capture.micro_batch(batch, first_position=self._seen if self._world == 1 else None)
         self._seen += samples
@@ -164,12 +182,16 @@ class Recorder:
 
     def _update_begins(self, *_: Any) -> None:
         assert self._capture is not None
-        if self._capture.is_recording:
+        self._depth += 1  # the ``step`` of a class that calls its parent's: the hooks of both run
+        if self._depth == 1 and self._capture.is_recording:
             self._rate = self._optimizer.param_groups[0]["lr"]
             self._capture.gradients_clipped(self._norm)
 
     def _update_ends(self, *_: Any) -> None:
         assert self._capture is not None
+        self._depth -= 1
+        if self._depth:
+            return
         if self._capture.is_recording:
             self._capture.updated()
             self._capture.step_ends(learning_rate=self._rate)
@@ -177,7 +199,7 @@ class Recorder:
         if self._step > max(self._plan.steps, default=-1):
             self.close()
         else:
-            self._capture.step_begins(self._step)
+            self._step_begins()
 
 
 def _at_end_of_backward(function: Any) -> None:

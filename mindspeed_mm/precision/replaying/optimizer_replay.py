@@ -285,6 +285,7 @@ def _fit(bundles: Sequence[_Bundle], name: str, results: Collection[str]) -> flo
                 x = moved
                 break
             x = moved
+        x = 0.0 if abs(x) < 1e-9 * abs(example) else x  # nothing at all was done
         size = float(residual(x).square().mean())
         if math.isfinite(size) and (best is None or size < best[0]):
             best = (size, x)
