@@ -121,10 +121,10 @@ def rope_base() -> contextlib.AbstractContextManager[None]:
 
 
 def wrong_angles() -> contextlib.AbstractContextManager[None]:
-    """The frequencies are right, and what is made of them is not."""
+    """The frequencies are right, and what is made of them is not; a shift of all would make no difference."""
 
     def change(chunk: Any) -> None:
-        wrap_forward(chunk.text_decoder.rotary_pos_emb, lambda forward, positions: forward(positions + 1))
+        wrap_forward(chunk.text_decoder.rotary_pos_emb, lambda forward, positions: forward(2 * positions))
 
     return built(change)
 

@@ -122,12 +122,24 @@ class Pair:
         phases = ("grad_local", "grad_reduced")
         return any(self.missing(phase) or any(map(self.bad, self.keys(phase))) for phase in phases)
 
+    @cached_property
+    def gradients_stop(self) -> bool:
+        """Whether parameters that both train have no gradient in the candidate, or nothing but zeros."""
+        if not self.gradients_apart:
+            return False
+        found = [key for phase in ("grad_local", "grad_reduced") for key in self.reference.of_phase(phase)]
+        theirs = self.candidate.entries
+        return any(self.reference.entries[k].norm > 0 and (k not in theirs or theirs[k].norm == 0) for k in found)
+
     def _is_cut(self, key: Key) -> bool:
-        """Whether this gradient, which the candidate lacks, is one of a tensor that both have computed."""
+        """Whether this gradient, which the candidate lacks, is one of a tensor that both have computed.
+
+        Of some, fused with others, one of two ways to compute has no gradient. Where it stops parameters get none.
+        """
         ours, twin = self.reference.entries[key], Key("forward", key.site, key.what.removeprefix("grad_"))
         if key.phase != "backward" or ours.rows == "index" or not ours.norm > 0:
             return False
-        return twin in self.reference.entries and twin in self.candidate.entries and self.gradients_apart
+        return twin in self.reference.entries and twin in self.candidate.entries and self.gradients_stop
 
     @cached_property
     def same_split(self) -> bool:
