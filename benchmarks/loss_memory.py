@@ -193,10 +193,10 @@ def fresh(case: str, **options: Any) -> dict[str, float] | None:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare_heads(sizes: list[int], repeats: int, dtype: str) -> None:
+def compare_heads(sizes: list[int], repeats: int, dtype: str, asked: list[str]) -> None:
     from mindspeed_mm import accelerator
 
-    ways = [way for way in WAYS if way != "liger" or accelerator.fused_linear_cross_entropy()]
+    ways = [way for way in asked if way != "liger" or accelerator.fused_linear_cross_entropy()]
     print(f"head and loss, hidden {HIDDEN}, vocabulary {VOCABULARY}, {dtype} on {accelerator.device_type()}")
     print("| tokens | cross entropy | peak, GiB | of whole | time, s | of whole |\n|---|---|---|---|---|---|")
     for tokens in sizes:
@@ -236,6 +236,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048], help="tokens of a micro-batch")
     parser.add_argument("--repeats", type=int, default=3, help="processes of each case")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="of computing the loss of the head")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--model", action="store_true", help="count the memory of a training step of a 0.5 B model")
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -252,7 +253,7 @@ def main() -> None:
     elif options.model:
         compare_models(options.tokens)
     else:
-        compare_heads(options.tokens, options.repeats, options.dtype)
+        compare_heads(options.tokens, options.repeats, options.dtype, options.ways)
 
 
 if __name__ == "__main__":
