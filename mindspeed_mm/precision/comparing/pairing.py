@@ -134,12 +134,29 @@ class Pair:
     def _is_cut(self, key: Key) -> bool:
         """Whether this gradient, which the candidate lacks, is one of a tensor that both have computed.
 
-        Of some, fused with others, one of two ways to compute has no gradient. Where it stops parameters get none.
+        Layers that one of the runs has fused have the gradient of their common input together, so none of them has it.
+        It is cut where another module that takes the same tensor has one, or where parameters get none.
         """
         ours, twin = self.reference.entries[key], Key("forward", key.site, key.what.removeprefix("grad_"))
         if key.phase != "backward" or ours.rows == "index" or not ours.norm > 0:
             return False
-        return twin in self.reference.entries and twin in self.candidate.entries and self.gradients_stop
+        if twin not in self.reference.entries or twin not in self.candidate.entries or not self.gradients_apart:
+            return False
+        tensor = self.reference.entries[twin].vector.tobytes()
+        return self.gradients_stop or any(
+            Key("backward", taker.site, f"grad_{taker.what}") in self.candidate.entries
+            for taker in self._takers.get(tensor, ())
+            if not key.site.startswith(f"{taker.site}.")  # what is around it has the gradient of them all
+        )
+
+    @cached_property
+    def _takers(self) -> dict[bytes, list[Key]]:
+        """Return the modules that take a tensor of the reference, by its sketch."""
+        found: dict[bytes, list[Key]] = defaultdict(list)
+        for key, sketch in self.reference.of_phase("forward").items():
+            if key.what.startswith("input."):
+                found[sketch.vector.tobytes()].append(key)
+        return found
 
     @cached_property
     def same_split(self) -> bool:
