@@ -60,7 +60,7 @@ def head_case(way: str, tokens: int, dtype_name: str) -> dict[str, float]:
     in_one_pass = partial(linear_cross_entropy, chunk_size=chunk_size(tokens))
     kernel = {"chunked": in_one_pass, "liger": accelerator.fused_linear_cross_entropy()}.get(way)
     if accelerator.is_cpu():  # then an allocation fails, instead of the machine
-        resource.setrlimit(resource.RLIMIT_DATA, (available(), resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_DATA, (proc("meminfo", "MemAvailable"), resource.RLIM_INFINITY))
 
     def step() -> None:
         if way == "whole":
@@ -88,22 +88,16 @@ def reset_peak(accelerator: Any) -> int:
         torch.accelerator.reset_peak_memory_stats()
         return int(accelerator.memory_stats()["allocated"])
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    return status("VmRSS")
+    return proc("self/status", "VmRSS")
 
 
 def read_peak(accelerator: Any) -> int:
-    return status("VmHWM") if accelerator.is_cpu() else int(accelerator.memory_stats()["max_allocated"])
+    return proc("self/status", "VmHWM") if accelerator.is_cpu() else int(accelerator.memory_stats()["max_allocated"])
 
 
-def available() -> int:
-    """Return the bytes of memory that the machine has left."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-
-
-def status(field: str) -> int:
-    """Return a field of /proc/self/status in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+def proc(file: str, field: str) -> int:
+    """Return a field of a file of /proc in bytes."""
+    lines = Path("/proc", file).read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 

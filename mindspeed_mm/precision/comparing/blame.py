@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mindspeed_mm.precision.comparing.pairing import Pair
+from mindspeed_mm.precision.comparing.pairing import Pair, is_around
 from mindspeed_mm.precision.finding import Measurement
 from mindspeed_mm.precision.records.record import Key
 
@@ -104,7 +104,7 @@ def _inputs(pair: Pair, phase: str, site: str) -> list[Key]:
 
 
 def _own(pair: Pair, phase: str, key: Key, measured: Measurement, executed: Sequence[str]) -> str:
-    inside = [site for site in executed if site.startswith(f"{key.site}." if key.site else "") and site != key.site]
+    inside = [site for site in executed if is_around(key.site, site)]
     kind = pair.reference.tree.get(key.site, "")
     own = f"its own code around {_last(inside[-1], key.site)} and the others: " if inside else ""
     name = f"{kind}: " if kind else ""

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Collection
 from functools import partial
 
-from mindspeed_mm.precision.comparing.pairing import Pair
+from mindspeed_mm.precision.comparing.pairing import Pair, is_around
 from mindspeed_mm.precision.records.record import Key
 
 # So many times what is noticed of its effect a difference has to be, or it may be too small to have one.
@@ -45,10 +45,10 @@ def _is_idle(pair: Pair, keys: list[Key], limits: dict[str, float]) -> bool:
     row = pair.measure(keys[0])
     assert row is not None
     has_none = partial(_has_no_effect, row.relative, limits)
-    if all(any(has_none(around) for around in limits if _is_around(around, key.site)) for key in keys):
+    if all(any(has_none(around) for around in limits if is_around(around, key.site)) for key in keys):
         return True
     takers = {key.site for key in keys if key.what.startswith("input.")}
-    takers = {site for site in takers if not any(_is_around(site, other) for other in takers)}
+    takers = {site for site in takers if not any(is_around(site, other) for other in takers)}
     # Who is given something else that is wrong too says nothing about this.
     telling = [site for site in takers if has_none(site) or not _is_disturbed(pair, site, keys)]
     return bool(telling) and all(map(has_none, telling))
@@ -74,14 +74,10 @@ def _limits(pair: Pair) -> dict[str, float]:
             (off if key.what.startswith("output.") else given).add(key.site)
     gradients = [key for phase in ("grad_local", "grad_reduced") for key in pair.keys(phase)]
     trained = {owner for key in gradients if (owner := key.site.rpartition(".")[0]) in given and pair.bad(key)}
-    off |= {site for site in found for owner in trained if site == owner or _is_around(site, owner)}
+    off |= {site for site in found for owner in trained if site == owner or is_around(site, owner)}
     return {site: limit for site, limit in found.items() if site not in off}
 
 
 def _is_disturbed(pair: Pair, site: str, known: Collection[Key]) -> bool:
     others = [k for k in pair.keys("forward") if k.site == site and k.what.startswith("input.") and k not in known]
     return any(pair.bad(key) and "int" not in pair.reference.entries[key].dtype for key in others)
-
-
-def _is_around(outer: str, inner: str) -> bool:
-    return outer != inner and (not outer or inner.startswith(f"{outer}."))

@@ -146,7 +146,7 @@ class Pair:
         return self.gradients_stop or any(
             Key("backward", taker.site, f"grad_{taker.what}") in self.candidate.entries
             for taker in self._takers.get(tensor, ())
-            if not key.site.startswith(f"{taker.site}.")  # what is around it has the gradient of them all
+            if not is_around(taker.site, key.site)  # what is around it has the gradient of them all
         )
 
     @cached_property
@@ -238,6 +238,11 @@ class Pair:
         text = "NaN or infinity, none in the reference" if theirs.nonfinite else "NaN or infinity in the reference only"
         ranks = [r for r in self.candidate.ranks if (s := self.candidate.of_rank(r).get(key)) and s.nonfinite]
         return text + (f", on rank {', '.join(map(str, ranks))}" if ranks and len(self.candidate.ranks) > 1 else "")
+
+
+def is_around(outer: str, inner: str) -> bool:
+    """Return whether module ``outer`` holds module ``inner``; the model itself, "", holds all others."""
+    return outer != inner and (not outer or inner.startswith(f"{outer}."))
 
 
 def block(parameter: str) -> str:
