@@ -63,11 +63,10 @@ class TokenCheck:
     def _check_padding(mask: Tensor, names: Callable[[], list[str] | None]) -> None:
         wrong = pads_on_the_left(mask).any(1)
         if wrong.any():
-            row, samples = int(wrong.nonzero()[0]), names()
-            sample = samples[row] if samples and row < len(samples) else f"row {row} of the batch"
+            row = int(wrong.nonzero()[0])
             raise UserError(
-                f"{sample}: attention_mask has padding before tokens; pretrain_vlm.py can have it at the end of a row "
-                "only. Pad on the right (padding_side of the tokenizer)."
+                f"{_sample(names, row, row)}: attention_mask has padding before tokens; pretrain_vlm.py can have it at "
+                "the end of a row only. Pad on the right (padding_side of the tokenizer)."
             )
 
     def _refuse(
@@ -89,13 +88,17 @@ class TokenCheck:
         if ends is not None:  # the samples of a packed row
             number = int((ends[1:] <= position).sum())
             position -= int(ends[number])
-        samples = names()
-        sample = samples[number] if samples and number < len(samples) else f"row {row} of the batch"
         raise UserError(
-            f"{sample}: {key} has {value} at position {position}, the model's vocabulary has "
+            f"{_sample(names, number, row)}: {key} has {value} at position {position}, the model's vocabulary has "
             f"{size} tokens. Use the tokenizer of this model, or a model whose vocabulary covers it"
             + (f"; {IGNORE} marks what is no target." if key == "labels" else ".")
         )
+
+
+def _sample(names: Callable[[], list[str] | None], number: int, row: int) -> str:
+    """Return the name of a sample of the batch, or where it lies if names are not known."""
+    samples = names()
+    return samples[number] if samples and number < len(samples) else f"row {row} of the batch"
 
 
 def _is_host_table(value: Tensor) -> bool:
