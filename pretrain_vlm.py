@@ -6,6 +6,7 @@ from copy import deepcopy
 from typing import Any
 
 from mindspeed_mm.configs.config import mm_extra_args_provider
+from mindspeed_mm.errors import UserError
 from mindspeed_mm.training import get_args, pretrain, print_rank_0
 
 _MODULES = ("image_encoder", "audio_encoder", "text_decoder")
@@ -65,6 +66,8 @@ def loss_func(output: dict[str, Any]) -> tuple[Any, ...]:
     tokens; with ``--calculate-per-sample-loss`` it is a mean, and ``sample_nums`` says over how many samples.
     """
     args = get_args()
+    if "loss_dict" not in output:
+        raise UserError("the batch has no 'labels': the dataset or get_batch must provide them for training.")
     losses = output["loss_dict"]
     loss, count = losses["loss"], losses.get("token_nums")
     if "sample_nums" in losses:
