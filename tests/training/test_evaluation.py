@@ -176,6 +176,24 @@ def test_loaders_of_unequal_length_do_not_hang(ranks2: RankPool, tmp_path: Path)
     assert found == pytest.approx(net(data.images, data.labels).item(), rel=1e-6)
 
 
+def accuracy_first(folder: str) -> None:
+    from mindspeed_mm.training import pretrain
+    from tests.training.script import Net, arguments, datasets
+
+    def forward_step(iterator: Iterator[Any], model: torch.nn.Module) -> Any:
+        return model(**next(iterator)), lambda loss: (loss, {"accuracy": 0.25, "loss": loss})
+
+    arguments(folder, "--save-interval", "4", "--keep-best", "1", steps=4)
+    pretrain(datasets, Net, None, forward_step)
+
+
+def test_the_best_checkpoint_has_the_lowest_loss_whatever_else_is_reported(ranks2: RankPool, tmp_path: Path) -> None:
+    ranks2.run(accuracy_first, str(tmp_path))
+    rows = [row for row in metrics(tmp_path) if "validation loss" in row]
+    manifest = json.loads((tmp_path / "iter_0000004" / "manifest.json").read_text())
+    assert manifest["validation_loss"] == rows[0]["validation loss"] != rows[0]["validation accuracy"]
+
+
 def full_pass_over_nothing(folder: str) -> None:
     from mindspeed_mm.distributed import state
     from mindspeed_mm.errors import UserError
