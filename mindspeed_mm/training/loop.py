@@ -157,7 +157,7 @@ class Trainer:
         if name == "validation":
             loss = next((key for key in losses if is_loss(key)), next(iter(losses)))
             self.progress.evaluated = (self.progress.iteration, losses[loss])
-        self.log.validation(self.progress.iteration, self.progress.consumed_samples, losses)
+        self.log.validation(self.progress.iteration, self.progress.consumed_samples, losses, name)
         if self.generate and name == "validation":
             with phase("generation", patient=True):
                 self.generate()

@@ -248,16 +248,18 @@ class TrainingLog:
             self._metrics.write(json.dumps(row) + "\n")
             self._metrics.flush()
 
-    def validation(self, iteration: int, consumed_samples: int, losses: Mapping[str, float]) -> None:
-        """Record validation losses, and the perplexity of those that are called ``loss``."""
+    def validation(
+        self, iteration: int, consumed_samples: int, losses: Mapping[str, float], name: str = "validation"
+    ) -> None:
+        """Record the losses of an evaluation, and the perplexity of those that are called ``loss``."""
         ppl = {key: perplexity(value) for key, value in losses.items() if is_loss(key)}
         if self._metrics:
-            row = {f"validation {key}": value for key, value in losses.items()}
-            row |= {f"validation {key} PPL": value for key, value in ppl.items()}
+            row = {f"{name} {key}": value for key, value in losses.items()}
+            row |= {f"{name} {key} PPL": value for key, value in ppl.items()}
             self._metrics.write(json.dumps({"iteration": iteration, **row}) + "\n")
             self._metrics.flush()
-        curves = {f"{key} validation": value for key, value in losses.items()}
-        curves |= {f"{key} validation ppl": value for key, value in ppl.items()}
+        curves = {f"{key} {name}": value for key, value in losses.items()}
+        curves |= {f"{key} {name} ppl": value for key, value in ppl.items()}
         self._sink(curves, iteration, consumed_samples)
 
     def generations(self, iteration: int, consumed_samples: int, accuracy: float, shown: Sequence[Shown]) -> None:

@@ -160,6 +160,13 @@ def test_chunks_equal_the_whole(labels: Tensor, chunk_size: int, kernel: Any) ->
     assert head(hidden).shape == (B, S, V), "the head is itself again"
 
 
+def test_the_samples_of_a_packed_row_have_values_of_their_own() -> None:
+    ends = torch.tensor([0, 2, 5], dtype=torch.int32)
+    spread = spread_over_samples(torch.tensor([3, 4]), 7, ends)
+    assert spread.tolist() == [[3, 3, 4, 4, 4, 4, 4]], "what lies behind the last is added to it"
+    assert spread_over_samples(torch.tensor([6]), 3, ends[:2]).tolist() == [[6, 6, 6]]
+
+
 def test_chunks_never_hold_all_logits() -> None:
     head, hidden = nn.Linear(H, V, bias=False), torch.randn(B, S, H, requires_grad=True)
     kept: list[tuple[int, ...]] = []

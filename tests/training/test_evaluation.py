@@ -193,6 +193,28 @@ def test_the_best_checkpoint_has_the_lowest_loss_whatever_else_is_reported(ranks
     assert manifest["validation_loss"] == rows[0]["validation loss"] != rows[0]["validation accuracy"]
 
 
+def with_a_test_set(folder: str) -> None:
+    from torch.utils.data import DataLoader, Subset
+
+    from mindspeed_mm.training import pretrain
+    from tests.training.script import Net, Noise, arguments, forward_step
+
+    def loaders() -> tuple[Any, Any, Any]:
+        valid, test = (DataLoader(Subset(Noise(), part), batch_size=2) for part in (range(4), range(4, 8)))
+        return DataLoader(Noise(), batch_size=2), valid, {"a": test, "b": valid}
+
+    arguments(folder, "--eval-iters", "-1", "--tensorboard-dir", f"{folder}/tb", steps=1)
+    pretrain(loaders, Net, None, forward_step)
+
+
+def test_the_loss_of_a_test_set_is_not_recorded_as_a_validation(ranks1: RankPool, tmp_path: Path) -> None:
+    ranks1.run(with_a_test_set, str(tmp_path))
+    valid, test = (row for row in metrics(tmp_path) if "loss" not in row)
+    assert valid.keys() == {"iteration", "validation loss", "validation loss PPL"}
+    assert test.keys() == {"iteration", *(f"test loss/{name}{more}" for name in "ab" for more in ("", " PPL"))}
+    assert {"loss validation", "loss/a test", "loss/b test ppl"} <= set(events(tmp_path / "tb").Tags()["scalars"])
+
+
 def full_pass_over_nothing(folder: str) -> None:
     from mindspeed_mm.distributed import state
     from mindspeed_mm.errors import UserError
