@@ -71,9 +71,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: save_tiny(family, tmp_path_factory.mktemp(family)) for family in families}
 
 
-def build(folder: Path, case: Case) -> TransformersModel:
+def build(folder: Path, case: Case, compute_mode: str = "default") -> TransformersModel:
     parts = {"attn_implementation": case.attention}
-    config = {"text_decoder": parts, "loss_cfg": {"loss_type": case.loss_type}}
+    loss = {"loss_type": case.loss_type, "compute_mode": compute_mode, "chunk_size": 7}
+    config = {"text_decoder": parts, "loss_cfg": loss}
     return TransformersModel({"init_from_hf_path": str(folder), **config}).to(case.dtype)
 
 
@@ -115,6 +116,16 @@ def test_a_pack_has_logits_loss_and_gradients_of_its_samples(folders: dict[str, 
         found, wanted = (torch.zeros_like(p) if p.grad is None else p.grad for p in (a, b))
         error = (found - wanted).abs().max() / max(wanted.abs().max(), 1)
         assert error <= (1e-10 if tight else 1e-5), f"{name}: {error}"
+
+
+def test_the_samples_of_a_pack_weigh_the_same_in_chunks(folders: dict[str, Path]) -> None:
+    case = Case("qwen3_vl", "images and videos", "per_sample_loss")
+    whole, chunked = build(folders[case.family], case), build(folders[case.family], case, "chunk")
+    pack = PackCollator(CAPACITY, 0, ModelInputs(folders[case.family]))(case.samples)
+    for model in (whole, chunked):
+        model(**pack)["loss"].backward()
+    for (name, a), b in zip(whole.named_parameters(), chunked.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=0, atol=1e-10, msg=name)
 
 
 def test_without_boundaries_the_samples_mix(folders: dict[str, Path]) -> None:
