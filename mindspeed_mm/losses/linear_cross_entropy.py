@@ -12,7 +12,9 @@ from torch.autograd.function import once_differentiable
 from mindspeed_mm.losses.cross_entropy import IGNORE
 
 
-def linear_cross_entropy(head: nn.Linear, hidden: Tensor, targets: Tensor, chunk_size: int) -> Tensor:
+def linear_cross_entropy(
+    head: nn.Linear, hidden: Tensor, targets: Tensor, chunk_size: int, divisors: Tensor | None = None
+) -> Tensor:
     """Return the summed cross entropy of ``head(hidden)``, of whose logits ``chunk_size`` tokens exist at a time.
 
     The gradient of a sum with respect to the logits, ``softmax(logits) - one_hot(target)``, is known as soon as they
@@ -25,12 +27,13 @@ def linear_cross_entropy(head: nn.Linear, hidden: Tensor, targets: Tensor, chunk
         hidden: (N, H), any floating dtype.
         targets: (N,) integers, ``-100`` where there is no target.
         chunk_size: tokens of each chunk.
+        divisors: (N,), what the loss of each token is divided by.
 
     Returns:
         A scalar in fp32 (fp64 for fp64 hidden states), 0 with a gradient of zeros where there are no targets.
     """
     sums: Tensor = _LinearCrossEntropy.apply(
-        hidden, head.weight, head.bias, targets, chunk_size, torch.is_grad_enabled()
+        hidden, head.weight, head.bias, targets, divisors, chunk_size, torch.is_grad_enabled()
     )
     return sums
 
@@ -43,6 +46,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
+        divisors: Tensor | None,
         chunk_size: int,
         differentiate: bool,
     ) -> Tensor:
@@ -55,8 +59,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), chunk_size):
             chunk = slice(start, start + chunk_size)
             states = hidden[chunk]
-            loss, logits_grad = _of_logits(F.linear(states, weight, bias).to(**precise), targets[chunk])
-            total += loss
+            losses, logits_grad = _of_logits(F.linear(states, weight, bias).to(**precise), targets[chunk])
+            if divisors is not None:
+                losses /= divisors[chunk, None]
+                logits_grad /= divisors[chunk, None]
+            total += losses.sum()
             if bias_grad is not None:
                 bias_grad += logits_grad.sum(dim=0)
             logits_grad = logits_grad.to(weight.dtype)
@@ -77,11 +84,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         # Not in place: with retain_graph there may be another backward pass.
-        return *(None if kept is None else kept * gradient for kept in ctx.saved_tensors), None, None, None
+        return *(None if kept is None else kept * gradient for kept in ctx.saved_tensors), None, None, None, None
 
 
 def _of_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the summed cross entropy of logits (n, V), and its gradient, written over them."""
+    """Return the cross entropies of logits (n, V), (n, 1), and the gradient of their sum, written over the logits."""
     ignored = targets == IGNORE
     words = targets.masked_fill(ignored, 0).unsqueeze(-1)
     scores = logits.sub_(logits.amax(dim=-1, keepdim=True))
@@ -90,4 +97,4 @@ def _of_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     sums = weights.sum(dim=-1, keepdim=True)
     losses = (sums.log() - of_targets).masked_fill(ignored.unsqueeze(-1), 0)
     gradient = weights.div_(sums).scatter_add_(-1, words, weights.new_full(words.shape, -1.0))
-    return losses.sum(), gradient.masked_fill_(ignored.unsqueeze(-1), 0)
+    return losses, gradient.masked_fill_(ignored.unsqueeze(-1), 0)

@@ -41,6 +41,18 @@ def test_sum_and_gradients_are_those_of_whole_logits(bias: bool, chunk_size: int
             torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
 
 
+@pytest.mark.parametrize("chunk_size", [3, 100])
+def test_each_token_may_have_a_divisor_of_its_own(chunk_size: int) -> None:
+    head, hidden, targets = tensors(bias=True)
+    leaves, divisors = [hidden, *head.parameters()], torch.arange(1, N + 1)
+    whole = (F.cross_entropy(head(hidden), targets, reduction="none") / divisors).sum()
+    found = linear_cross_entropy(head, hidden, targets, chunk_size, divisors)
+    torch.testing.assert_close(found, whole, rtol=1e-14, atol=0)
+    expected = torch.autograd.grad(2.0 * whole, leaves)
+    for a, b in zip(torch.autograd.grad(2.0 * found, leaves), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
+
+
 def test_gradients_of_bf16_weights_are_added_up_in_fp32() -> None:
     """512 chunks, one token each: added up in bf16, the gradient of a word would lose what is small beside it."""
     generator = torch.Generator().manual_seed(0)
