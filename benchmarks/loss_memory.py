@@ -5,8 +5,8 @@
     python benchmarks/loss_memory.py --model --tokens 4096 8192 16384 32768    # memory only, any machine
 
 ``chunked`` computes the gradients of a chunk with its loss; ``again`` makes its logits again in the backward pass,
-which only the loss per sample does. Where whole logits need more memory than there is, as few pieces of the tokens as
-fit take their turn one after the other, each with whole logits; their times and peaks are added up.
+which only a head with LoRA does. Where whole logits need more memory than there is, as few pieces of the tokens as fit
+take their turn one after the other, each with whole logits; their times and peaks are added up.
 
 The first two forms run the output head of a 0.5 B model (hidden size 896, vocabulary 151,936) with its loss, forward
 and backward, each case in a fresh process, and the processes of one size take turns. They print the median time and

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from mindspeed_mm.configs.fsdp2 import load_fsdp2_config
 from mindspeed_mm.distributed.fsdp2 import prepare_model
 from mindspeed_mm.distributed.meta import is_meta_init
 from mindspeed_mm.distributed.state import print_rank_0, warn_rank_0
@@ -103,6 +104,7 @@ class TransformersModel(MultiModalModule):
 
     def fully_shard(self, process_group: dist.ProcessGroup, fsdp2_config_path: str, **kwargs: Any) -> Any:
         """Shard the HF model, whose own override counts; paths in the yaml start inside it."""
+        self._loss.output_is_cast(load_fsdp2_config(fsdp2_config_path).output_dtype)
         return prepare_model(self.model, process_group, fsdp2_config_path)
 
     def forward(

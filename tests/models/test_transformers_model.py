@@ -21,6 +21,7 @@ from mindspeed_mm.losses import chunked
 from mindspeed_mm.models.common.modelzoo import ModelHub
 from mindspeed_mm.models.transformers_model import TransformersModel
 from tests.models.tiny import FAMILIES, save_tiny, tiny_batch, tiny_config, tiny_model
+from tests.ranks import RankPool
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +107,46 @@ def test_chunked_loss_refuses_a_model_that_changes_its_logits_in_place(
         build(folders["qwen3"], model_id="warm", loss_cfg={"compute_mode": "chunk"})
 
 
-def test_chunks_are_refused_when_the_output_is_cast_after_the_head(folders: dict[str, Path]) -> None:
+def test_chunks_are_refused_when_a_hook_changes_the_output(folders: dict[str, Path]) -> None:
     model = build(folders["qwen3"], loss_cfg={"compute_mode": "chunk"})
     model.model.register_forward_hook(lambda _, args, out: type(out)(logits=out.logits.bfloat16()))
-    with pytest.raises(UserError, match="output_dtype of the fsdp2 yaml changes it"):
+    with pytest.raises(UserError, match="a hook on it changes it"):
         model(**tiny_batch("qwen3", [0]))
+
+
+def with_cast_output(folder: Path) -> tuple[float, str]:
+    """Shard a model whose output is cast to bf16; return the loss of a batch, and what is printed."""
+    from mindspeed_mm.distributed import state
+    from tests.training.test_saving import capture
+
+    state.initialize(None, state.RankInfo.from_environment(), backend="gloo", timeout=None)
+    (folder / "fsdp2.yaml").write_text("output_dtype: bf16\n")
+    model = build(folder)
+    model.fully_shard(state.data_parallel_group(), str(folder / "fsdp2.yaml"))
+    chunked.LARGE_LOGITS, before = 0, chunked.LARGE_LOGITS
+    losses: list[float] = []
+    try:
+        _, text = capture(lambda: losses.append(model(**tiny_batch("qwen3", [0, 0]))["loss"].item()))
+    finally:
+        chunked.LARGE_LOGITS = before
+    return losses[0], text
+
+
+def test_logits_of_an_output_that_is_cast_are_held_whole(folders: dict[str, Path], ranks1: RankPool) -> None:
+    ((loss, text),) = ranks1.run(with_cast_output, folders["qwen3"])
+    assert "They are held whole: output_dtype bf16 of the fsdp2 yaml rounds it." in text
+    assert loss == pytest.approx(build(folders["qwen3"])(**tiny_batch("qwen3", [0, 0]))["loss"].item(), rel=1e-3)
+    with pytest.raises(UserError, match=r"rounds it\. Use 'default', or leave output_dtype out"):
+        build(folders["qwen3"], loss_cfg={"compute_mode": "chunk"})._loss.output_is_cast("bf16")
+
+
+@pytest.mark.parametrize("mode", ["default", "auto"])
+@pytest.mark.parametrize("shape", [(28,), (2, 13)])
+def test_labels_of_another_shape_are_refused(folders: dict[str, Path], shape: tuple[int, ...], mode: str) -> None:
+    batch = tiny_batch("qwen3", [0, 0])
+    batch["labels"] = torch.ones(shape, dtype=torch.long)
+    with pytest.raises(UserError, match="'labels' have shape"):
+        build(folders["qwen3"], loss_cfg={"compute_mode": mode})(**batch)
 
 
 def vocabularies_held(model: TransformersModel, batch: dict[str, Any]) -> bool:

@@ -48,6 +48,8 @@ LEARNING_RATE = Group(
     ),
 )
 
+_ADAM = "--optimizer adam or --optimizer muon"
+
 OPTIMIZER = Group(
     "optimizer",
     (
@@ -65,9 +67,9 @@ OPTIMIZER = Group(
             "AdamW implementation",
             needs="--optimizer adam",
         ),
-        Flag("--adam-beta1", real(0, below=1), 0.9, "decay of the first moment"),
-        Flag("--adam-beta2", real(0, below=1), 0.999, "decay of the second moment"),
-        Flag("--adam-eps", real(0), 1e-8, "added to the denominator"),
+        Flag("--adam-beta1", real(0, below=1), 0.9, "decay of the first moment", needs=_ADAM),
+        Flag("--adam-beta2", real(0, below=1), 0.999, "decay of the second moment", needs=_ADAM),
+        Flag("--adam-eps", real(0), 1e-8, "added to the denominator", needs=_ADAM),
         Flag("--sgd-momentum", real(0), 0.9, "momentum", needs="--optimizer sgd"),
         Flag("--muon-momentum", real(0), 0.95, "momentum of Muon", needs="--optimizer muon"),
         Flag(
@@ -85,7 +87,7 @@ OPTIMIZER = Group(
             "decay of the averaged weights",
             needs="--optimizer-selection fused_ema_adamw",
         ),
-        Flag("--weight-decay", real(0), 0.1, "decoupled weight decay"),
+        Flag("--weight-decay", real(0), 0.1, "weight decay, decoupled except with sgd"),
         Flag("--start-weight-decay", real(0), None, "weight decay of the first step"),
         Flag("--end-weight-decay", real(0), None, "weight decay of the last step"),
         Flag(

@@ -63,9 +63,22 @@ class LanguageModelLoss:
         """
         head = model.get_output_embeddings()
         self._vocabulary = 0 if head is None else len(next(head.parameters()))
-        self._obstacle = None if self._mode == "default" else _what_needs_logits(model)
-        if self._obstacle and self._mode == "chunk":
-            raise UserError(_cannot_chunk(self._obstacle))
+        if self._mode != "default" and (obstacle := _what_needs_logits(model)):
+            self._hold_whole(obstacle)
+
+    def output_is_cast(self, dtype: str | None) -> None:
+        """Learn of ``output_dtype`` of the fsdp2 yaml: what the model returns is in it, and logits are then its last.
+
+        Raises:
+            UserError: ``compute_mode`` is ``chunk``, and a sum would be rounded.
+        """
+        if dtype in ("bf16", "fp16") and self._mode != "default":
+            self._hold_whole(f"output_dtype {dtype} of the fsdp2 yaml rounds it")
+
+    def _hold_whole(self, obstacle: str) -> None:
+        self._obstacle = obstacle
+        if self._mode == "chunk":
+            raise UserError(_cannot_chunk(obstacle))
 
     def __call__(
         self, model: Any, inputs: dict[str, Any], labels: Tensor, cu_seqlens: Tensor | None = None
@@ -81,6 +94,8 @@ class LanguageModelLoss:
         Returns:
             What :meth:`mindspeed_mm.models.transformers_model.TransformersModel.forward` describes.
         """
+        if labels.ndim != 2:
+            raise UserError(f"the batch's 'labels' have shape {tuple(labels.shape)}: it must be (batch, sequence).")
         if self._aux_coefficient > 0:
             inputs = {**inputs, "output_router_logits": True}
         targets = shift_labels(labels)
@@ -103,6 +118,11 @@ class LanguageModelLoss:
         reduce = REDUCTIONS[self._type]
         if not self._in_chunks(model, targets):
             outputs = model(**inputs, use_cache=False)
+            if outputs.logits.shape[:2] != targets.shape:
+                raise UserError(
+                    f"the batch's 'labels' have shape {tuple(targets.shape)}, the model's logits "
+                    f"{tuple(outputs.logits.shape)}: give one label for each token, -100 where there is no target."
+                )
             return outputs, reduce(cross_entropy_sums(outputs.logits, targets, cu_seqlens), counts)
         divisors = None
         if self._type == "per_sample_loss":
@@ -111,7 +131,7 @@ class LanguageModelLoss:
         with head_returns_loss_sums(lm_head, targets, self._chunk_size, self._kernel, divisors) as head:
             outputs = model(**inputs, use_cache=False)
         if outputs.logits is not head.sums:
-            raise UserError(_cannot_chunk(f"{type(model).__name__} or output_dtype of the fsdp2 yaml changes it"))
+            raise UserError(_cannot_chunk(f"{type(model).__name__} or a hook on it changes it"))
         sums: Tensor = outputs.logits
         return outputs, reduce(sums, counts) if divisors is None else sums.sum() / len(counts)
 
@@ -162,7 +182,7 @@ def _choice(config: Any, key: str, default: str, choices: Any) -> str:
 def _cannot_chunk(why: str) -> str:
     return (
         f"model.json: loss_cfg.compute_mode: chunks need a model that returns what its output head returns, but {why}. "
-        f"Use 'default'. (If output_dtype is set in the fsdp2 yaml, leaving it out may be enough.)"
+        f"Use 'default'{', or leave output_dtype out' if 'output_dtype' in why else ''}."
     )
 
 
