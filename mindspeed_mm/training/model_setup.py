@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -33,7 +33,7 @@ def build_engine(args: Namespace, provider: Callable[..., Any]) -> tuple[FSDP2En
     """Return the engine over the sharded model, and the groups of its parameters."""
     model, plan = build_model(args, provider)
     muon = muon_matrices(model) if args.optimizer == "muon" else ()
-    groups = parameter_groups(args, model.named_parameters(), muon)
+    groups = parameter_groups(args, model.named_parameters(remove_duplicate=False), muon)
     engine = FSDP2Engine(
         model,
         optimizer_from(args, groups),
@@ -55,7 +55,7 @@ def build_model(args: Namespace, provider: Callable[..., Any]) -> tuple[nn.Modul
         model = call_model_provider(provider)
         leave_out_what_it_does_not_take(model)
         if args.mm_model:
-            freeze(hf_model(model), args.mm.model.get("freeze", []))
+            freeze_patterns(model, args.mm.model.get("freeze", []))
         if line := frozen_line(hf_model(model)):
             state.print_rank_0(line)
         lora = _add_adapters(args, model)
@@ -81,6 +81,16 @@ def build_model(args: Namespace, provider: Callable[..., Any]) -> tuple[nn.Modul
     if lora:
         initialize_adapters(hf_model(model), args.seed)
     return model, plan
+
+
+def freeze_patterns(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Freeze what the patterns of model.json name."""
+    if not hasattr(model, "blueprint"):
+        freeze(hf_model(model), patterns)
+        return
+    from mindspeed_mm.training.megatron_setup import freeze_parts
+
+    freeze_parts([model], patterns)
 
 
 def _fill_megatron_layers(args: Namespace, model: Any) -> None:
