@@ -36,13 +36,18 @@ def recompute(module: nn.Module, keep: str | None = None) -> None:
     require one: the first layer behind a frozen embedding or a frozen vision tower.
     """
     forward = module.forward
-    if getattr(forward, "_recomputes", False):
+    if recomputes(module):
         return
     if inspect.ismethod(forward):
         # Bound again to the instance, so that a deep copy of the module runs its own weights.
         module.forward = MethodType(_recomputing(forward.__func__, keep), module)
     else:
         module.forward = _recomputing(forward, keep)
+
+
+def recomputes(module: nn.Module) -> bool:
+    """Return whether ``module`` recomputes its activations."""
+    return getattr(module.forward, "_recomputes", False)
 
 
 def _recomputing(forward: Callable[..., Any], keep: str | None) -> Callable[..., Any]:

@@ -99,8 +99,8 @@ def _check_found(model: nn.Module, wanted: set[str]) -> None:
     found = {name.partition(".lora_")[0].replace(".base_layer", "") for name in names}
     if found != wanted:
         raise UserError(
-            f"--lora-target-modules: peft cannot tell {', '.join(summarise(sorted(found ^ wanted)))} from a target by the "
-            "end of its path; choose other targets, or give the modules other names."
+            f"--lora-target-modules: peft cannot tell {', '.join(summarise(sorted(found ^ wanted)))} from a target by "
+            "the end of its path; choose other targets, or give the modules other names."
         )
 
 
@@ -133,7 +133,8 @@ def _find_targets(model: nn.Module, settings: LoraSettings, family: Family | Non
 
     if not found:
         raise UserError(
-            f"--lora-target-modules {ALL_LINEAR}: {type(model).__name__} has no linear layer that could have an adapter."
+            f"--lora-target-modules {ALL_LINEAR}: {type(model).__name__} has no linear layer; name other modules, or "
+            "parameters in --lora-target-parameters."
         )
     allowed = _parts(model, settings.apply_modules, family)
     inside = {path: weight for path, weight in found.items() if allowed(path)}
