@@ -194,8 +194,8 @@ def _refuse_recompute_around(decoder: nn.Module | None, model: nn.Module) -> Non
         if recomputes(module) and module is not decoder and decoder in set(module.modules()):
             inner = next(name for name, part in model.named_modules() if part is decoder)
             raise UserError(
-                f"fsdp2 config, recompute_modules: '{path}' is around the text decoder, '{inner}', and to recompute all "
-                f"of a model saves no memory. List the layers instead, such as '{inner}.layers.{{*}}'."
+                f"fsdp2 config, recompute_modules: '{path}' is around the text decoder, '{inner}', and to recompute "
+                f"all of a model saves no memory. List the layers instead, such as '{inner}.layers.{{*}}'."
             )
 
 
