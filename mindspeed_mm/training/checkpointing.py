@@ -316,18 +316,22 @@ class Checkpointer:
 
         Of a model with adapters it is a peft folder; averaged weights go to ``<folder>-ema``.
         """
+        model, assets = hf_model(self.model), self._assets()
+        states = {name: self.optimizer.state.get(p, {}) for name, p in model.named_parameters()}
+        averages = {clean_name(name): state["ema"] for name, state in states.items() if "ema" in state}
+        beside = f"{folder.rstrip('/')}-ema"
         if self._adapters:
             write_adapter(self.adapter_files(), folder)
             print_rank_0(f" exported the adapters to {folder}")
+            if averages:
+                write_adapter(adapter_files(model, averages), beside)
+                print_rank_0(f" exported the averaged adapters to {beside}")
             return
-        model, assets = hf_model(self.model), self._assets()
         export_hf(model, folder, assets_from=assets)
         print_rank_0(f" exported a Hugging Face folder to {folder}")
-        states = {name: self.optimizer.state.get(p, {}) for name, p in model.named_parameters()}
-        if averages := {clean_name(name): state["ema"] for name, state in states.items() if "ema" in state}:
-            folder = f"{folder.rstrip('/')}-ema"
-            export_hf(model, folder, assets_from=assets, instead=averages)
-            print_rank_0(f" exported the averaged weights to {folder}")
+        if averages:
+            export_hf(model, beside, assets_from=assets, instead=averages)
+            print_rank_0(f" exported the averaged weights to {beside}")
 
     def _assets(self) -> str | None:
         """Return the folder with the tokenizer and the processor that an export copies."""

@@ -119,6 +119,20 @@ def test_what_does_not_fit_is_said(lora_job: Job, ranks1: RankPool, tmp_path: Pa
     assert "language_model" in message.split("LoRA:")[1] and "visual.blocks" not in message.split("LoRA:")[1]
 
 
+def test_averaged_adapters_are_exported_beside_the_others(lora_job: Job, ranks2: RankPool, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    flags = {"optimizer_selection": "fused_ema_adamw", "ema_decay": "0.5", "train_iters": 2}
+    run(ranks2, lora_job, save=tmp_path / "run", export_hf=tmp_path / "out", **flags)
+    saved = tensors(tmp_path / "run" / "iter_0000002")
+    for folder, key in (("out", "model.{}"), ("out-ema", "optimizer.state.{}.ema")):
+        found = load_file(tmp_path / folder / "adapter_model.safetensors")
+        assert len(found) == 12 and (tmp_path / folder / "adapter_config.json").is_file()
+        for name, value in found.items():
+            own = name.removeprefix("base_model.model.").replace(".weight", ".default.weight")
+            assert torch.equal(value, saved[key.format(f"model.{own}")]), name
+
+
 @pytest.fixture
 def own_job(job: Job) -> Job:
     """A model of the user's own, which no folder has the weights of."""

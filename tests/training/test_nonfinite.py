@@ -139,6 +139,9 @@ def test_stop_where_only_the_gradient_or_the_loss_breaks(ranks2: RankPool, tmp_p
     (_, message), _ = ranks2.run(train, tmp_path, *ACCUMULATE, steps=5, bad=(BAD,), breaks="backward")
     assert "all losses are finite; the gradient of 'layers.0.bias' is not, and of none after it" in message
     assert "all modules' outputs are finite" in message
+    (_, message), _ = ranks2.run(train, tmp_path, *ACCUMULATE, steps=5, bad=(BAD,), breaks="norm")
+    assert re.search(r"all losses and gradients are finite, the largest value .* is \d\.\de\+2[0-9]: the sum", message)
+    assert "hardware" not in message and "grad norm: inf" in message
     plain = {"breaks": "loss", "plain_loader": True}  # a user's own loader, in which both ranks read the same
     (_, message), _ = ranks2.run(train, tmp_path, *ACCUMULATE, steps=5, bad=(6,), **plain)
     assert "rank 0, micro-batch 2 of 2: loss inf, samples of consumed samples 12 to 15\n" in message
