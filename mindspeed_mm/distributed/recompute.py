@@ -58,6 +58,7 @@ def _recomputing(forward: Callable[..., Any], keep: str | None) -> Callable[...,
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         kwargs.update({name: None for name in _CACHES if name in kwargs})
+        args = tuple(None if hasattr(value, "get_seq_length") else value for value in args)  # a cache by position
         if "use_cache" in kwargs:
             kwargs["use_cache"] = False
         names = tuple(kwargs)
