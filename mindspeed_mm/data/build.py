@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,8 @@ def build_mm_dataset(dataset_param: Any) -> Any:
         trained = [
             conversations(one.dataset, one.max_samples, folder) for one, folder in zip(mixture, folders, strict=True)
         ]
+    if not attr.pretrain and attr.formatting in ("sharegpt", "alpaca"):
+        _check_columns(attr, [_files(one.dataset) for one in mixture])
     encoder = ConversationEncoder(options)
     quarantine = None
     if keep_bad:
@@ -135,6 +137,19 @@ def build_mm_dataset(dataset_param: Any) -> Any:
     else:
         (training,) = train
     return (training, valid.get("", valid)) if valid else training
+
+
+def _check_columns(attr: Any, training: Sequence[RowFiles]) -> None:
+    """Refuse the name of a column that no row has; the rows of one file, or some rows, may well be without it."""
+    for key in ("system", "tools"):
+        name = getattr(attr, key)
+        if name is None or any(name in row for files in training for _, _, row in files if isinstance(row, dict)):
+            continue
+        first = next((row for files in training for _, _, row in files if isinstance(row, dict)), {})
+        raise UserError(
+            f"data.json: dataset_param.attr.{key}: no row has a column {name!r}; the first has "
+            f"{', '.join(map(repr, first)):.200}.{did_you_mean(name, first)} Set it to null if there is none."
+        )
 
 
 def _files(paths: str) -> RowFiles:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -11,7 +11,12 @@ from mindspeed_mm.distributed.patterns import resolve, summarise
 from mindspeed_mm.errors import UserError
 
 
-def freeze(model: nn.Module, patterns: Iterable[str], key: str = "model.json: freeze") -> None:
+def freeze(
+    model: nn.Module,
+    patterns: Iterable[str],
+    key: str = "model.json: freeze",
+    lent: Mapping[nn.Module, nn.Parameter] | None = None,
+) -> None:
     """Set ``requires_grad`` to False for the modules and parameters that the patterns name.
 
     Call it before sharding and before the optimizer is built. A parameter under two names is frozen with either.
@@ -20,17 +25,30 @@ def freeze(model: nn.Module, patterns: Iterable[str], key: str = "model.json: fr
         model: where the paths start.
         patterns: module paths as in ``fsdp2_config.yaml``; the last part may also name a parameter.
         key: where the patterns come from, for the message.
+        lent: parameters of other modules that a module uses as its own; they are frozen with it.
 
     Raises:
-        UserError: a pattern is malformed or matches nothing. The message lists the nearest paths.
+        UserError: a pattern is malformed, matches nothing, or nothing that has parameters. The message lists the
+            nearest paths.
     """
     for pattern in patterns:
         try:
             parts = resolve(model, pattern, parameters=True)
         except UserError as error:
             raise UserError(f"{key}: {error}") from None
-        for _, part in parts:
-            part.requires_grad_(False)
+        parameters = [parameter for _, part in parts for parameter in _parameters(part, lent or {})]
+        if not parameters:
+            raise UserError(f"{key}: '{pattern}' has no parameters that could be frozen; remove it.")
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+
+
+def _parameters(part: nn.Module | nn.Parameter, lent: Mapping[nn.Module, nn.Parameter]) -> Iterator[nn.Parameter]:
+    if isinstance(part, nn.Parameter):
+        yield part
+    else:
+        yield from part.parameters()
+        yield from (lent[module] for module in part.modules() if module in lent)
 
 
 def frozen_parts(model: nn.Module) -> dict[str, nn.Module | nn.Parameter]:

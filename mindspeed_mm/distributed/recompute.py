@@ -36,13 +36,18 @@ def recompute(module: nn.Module, keep: str | None = None) -> None:
     require one: the first layer behind a frozen embedding or a frozen vision tower.
     """
     forward = module.forward
-    if getattr(forward, "_recomputes", False):
+    if recomputes(module):
         return
     if inspect.ismethod(forward):
         # Bound again to the instance, so that a deep copy of the module runs its own weights.
         module.forward = MethodType(_recomputing(forward.__func__, keep), module)
     else:
         module.forward = _recomputing(forward, keep)
+
+
+def recomputes(module: nn.Module) -> bool:
+    """Return whether ``module`` recomputes its activations."""
+    return getattr(module.forward, "_recomputes", False)
 
 
 def _recomputing(forward: Callable[..., Any], keep: str | None) -> Callable[..., Any]:
@@ -53,6 +58,7 @@ def _recomputing(forward: Callable[..., Any], keep: str | None) -> Callable[...,
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         kwargs.update({name: None for name in _CACHES if name in kwargs})
+        args = tuple(None if hasattr(value, "get_seq_length") else value for value in args)  # a cache by position
         if "use_cache" in kwargs:
             kwargs["use_cache"] = False
         names = tuple(kwargs)

@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 
 from mindspeed_mm import accelerator
 from mindspeed_mm.distributed.grad_norm import clip_by_norm, scale_gradients, total_grad_norm
+from mindspeed_mm.distributed.gradient_sets import GradientSets
 from mindspeed_mm.distributed.phases import phase
-from mindspeed_mm.distributed.state import host_group, same_on_all
+from mindspeed_mm.distributed.state import host_group
 from mindspeed_mm.engine.base import ForwardStep, Listener, Report, StepResult
 from mindspeed_mm.engine.loss_result import LossResult, at_least_one, one_if_finite, read_forward, read_loss
 from mindspeed_mm.errors import UserError
@@ -71,6 +72,9 @@ class FSDP2Engine:
         # What only the hosts know is agreed between hosts, so that they do not wait for their devices.
         ranks = dist.get_process_group_ranks(group)
         self._host_group = host_group("gradients", ranks) if self.world_size > 1 else None
+        outside = {id(p) for p in self.replicated}
+        named = {name: p for name, p in module.named_parameters() if p.requires_grad and id(p) not in outside}
+        self._gradient_sets = GradientSets(module, named, self._host_group)
 
     @property
     def parameter_count(self) -> int:
@@ -102,6 +106,7 @@ class FSDP2Engine:
                     counts.append(torch.ones_like(loss) if result.num_tokens is None else result.num_tokens.detach())
                 for listener in self.listeners:
                     listener.loss(loss, result.num_tokens)
+                self._gradient_sets.watch(loss, last=index == num_microbatches - 1)
                 with phase("backward"):
                     loss.backward(one_if_finite(loss))
             reports.append(result.report)
@@ -171,31 +176,11 @@ class FSDP2Engine:
             dist.all_reduce(parameter.grad, group=self.group)
 
     def _check_gradients(self) -> None:
-        """Refuse gradients that FSDP2 has mixed up or has not seen.
-
-        It pairs those of the ranks by their place among the ones that exist, not by their names.
-        """
-        exist = bytes(p.grad is not None for p in self.parameters)
-        if self._host_group is not None and not same_on_all(exist, self._host_group, torch.device("cpu")):
-            raise UserError(self._name_difference(exist))
-        if not any(exist):
+        if not self._gradient_sets.arrived() and not any(p.grad is not None for p in self.replicated):
             raise UserError(
                 "the loss has a gradient, but no parameter got one: FSDP2 finds the tensors that a model returns in "
                 "tuples, lists, dicts and Hugging Face's outputs. Let forward return one of these."
             )
-
-    def _name_difference(self, exist: bytes) -> str:
-        everywhere: list[Any] = [None] * self.world_size
-        dist.all_gather_object(everywhere, exist, group=self._host_group)
-        names = [name for name, p in self.module.named_parameters() if p.requires_grad]
-        position = next(i for i, flags in enumerate(zip(*everywhere, strict=True)) if len(set(flags)) > 1)
-        with_it = [rank for rank, flags in enumerate(everywhere) if flags[position]]
-        without = [rank for rank, flags in enumerate(everywhere) if not flags[position]]
-        return (
-            f"'{names[position]}' got a gradient on rank {with_it[0]} and none on rank {without[0]}: FSDP2 then adds "
-            "up gradients of different parameters. Let every rank use the same parameters in a step: add 0 times the "
-            "output of what a batch does not need to the loss."
-        )
 
     def _divide_by_all(self, counts: list[Tensor]) -> Tensor:
         """Return what the gradients were multiplied with."""

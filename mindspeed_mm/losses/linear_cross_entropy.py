@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,6 +11,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mindspeed_mm.losses.cross_entropy import IGNORE
+
+# What fp32 is needed for in a bf16 model is done piece by piece: so much less than a chunk is in memory twice.
+_PRECISE_TOKENS = 128
+_WORDS = 16_384
 
 
 def linear_cross_entropy(
@@ -56,23 +61,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden) if of_hidden else None
         weight_grad = torch.zeros_like(weight, **precise) if of_weight else None
         bias_grad = torch.zeros_like(weight[:, 0], **precise) if of_bias else None
-        for start in range(0, len(hidden), chunk_size):
-            chunk = slice(start, start + chunk_size)
-            states = hidden[chunk]
-            losses, logits_grad = _of_logits(F.linear(states, weight, bias).to(**precise), targets[chunk])
-            if divisors is not None:
-                losses /= divisors[chunk, None]
-                logits_grad /= divisors[chunk, None]
-            total += losses.sum()
-            if bias_grad is not None:
-                bias_grad += logits_grad.sum(dim=0)
-            logits_grad = logits_grad.to(weight.dtype)
+        for chunk in _slices(len(hidden), chunk_size):
+            states, words = hidden[chunk], targets[chunk]
+            logits = F.linear(states, weight, bias)
+            for rows in _slices(len(logits), _PRECISE_TOKENS):
+                losses, gradient = _of_logits(logits[rows].to(**precise), words[rows])
+                if divisors is not None:
+                    losses /= divisors[chunk][rows, None]
+                    gradient /= divisors[chunk][rows, None]
+                total += losses.sum()
+                if bias_grad is not None:
+                    bias_grad += gradient.sum(dim=0)
+                if gradient.dtype != logits.dtype:
+                    logits[rows] = gradient
+            logits_grad = logits  # which has taken their place
             if hidden_grad is not None:
                 hidden_grad[chunk] = logits_grad @ weight
-            if weight_grad is not None and weight_grad.dtype == weight.dtype:
-                weight_grad.addmm_(logits_grad.T, states)  # without another array of its size
-            elif weight_grad is not None:
-                weight_grad += logits_grad.T @ states
+            if weight_grad is not None:
+                _add_product(weight_grad, logits_grad.T, states)
+            del logits, logits_grad  # before those of the next chunk are made
         ctx.save_for_backward(
             hidden_grad,
             None if weight_grad is None else weight_grad.to(weight.dtype),
@@ -85,6 +92,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         # Not in place: with retain_graph there may be another backward pass.
         return *(None if kept is None else kept * gradient for kept in ctx.saved_tensors), None, None, None, None
+
+
+def _slices(length: int, step: int) -> Iterator[slice]:
+    return (slice(start, start + step) for start in range(0, length, step))
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``left @ right`` to ``total``, without another array of its size."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+        return
+    for rows in _slices(len(total), _WORDS):
+        total[rows] += left[rows] @ right
 
 
 def _of_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

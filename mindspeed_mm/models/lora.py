@@ -71,6 +71,9 @@ def add_adapters(
             f"--lora-dropout {settings.dropout}: adapters of parameters cannot have dropout; leave it out, or leave "
             "--lora-target-parameters out."
         )
+    # peft takes each for the end of a path, and others may end so too.
+    ends = tuple(f".{path}" for path in modules)
+    others = [path for path, _ in model.named_modules() if path.endswith(ends) and path not in modules]
     config = peft.LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
@@ -78,8 +81,10 @@ def add_adapters(
         target_modules=modules,
         base_model_name_or_path=base,
         **({"target_parameters": parameters} if parameters else {}),
+        **({"exclude_modules": others} if others else {}),
     )
     peft.inject_adapter_in_model(config, model)
+    _check_found(model, {*modules, *(name.rpartition(".")[0] for name in parameters)})
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     where = ", ".join(summarise([*modules, *parameters]))
@@ -87,6 +92,16 @@ def add_adapters(
         f"LoRA: rank {settings.r}, alpha {settings.alpha}, on {len(modules) + len(parameters)} layers: {where}",
         f"LoRA: {trained:,} of {total:,} parameters are trained",
     ]
+
+
+def _check_found(model: nn.Module, wanted: set[str]) -> None:
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    found = {name.partition(".lora_")[0].replace(".base_layer", "") for name in names}
+    if found != wanted:
+        raise UserError(
+            f"--lora-target-modules: peft cannot tell {', '.join(summarise(sorted(found ^ wanted)))} from a target by "
+            "the end of its path; choose other targets, or give the modules other names."
+        )
 
 
 def initialize_adapters(model: nn.Module, seed: int) -> None:
@@ -116,6 +131,11 @@ def _find_targets(model: nn.Module, settings: LoraSettings, family: Family | Non
     parameters = _union(settings.target_parameters, lambda word: _parameters(word, named))
     found = {**{path: linear[path] for path in modules}, **{name: named[name] for name in parameters}}
 
+    if not found:
+        raise UserError(
+            f"--lora-target-modules {ALL_LINEAR}: {type(model).__name__} has no linear layer; name other modules, or "
+            "parameters in --lora-target-parameters."
+        )
     allowed = _parts(model, settings.apply_modules, family)
     inside = {path: weight for path, weight in found.items() if allowed(path)}
     if not inside:

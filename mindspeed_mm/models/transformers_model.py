@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from mindspeed_mm.configs.fsdp2 import load_fsdp2_config
 from mindspeed_mm.distributed.fsdp2 import prepare_model
 from mindspeed_mm.distributed.meta import is_meta_init
+from mindspeed_mm.distributed.recompute import recomputes
 from mindspeed_mm.distributed.state import print_rank_0, warn_rank_0
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.common.lookup import lookup
@@ -105,7 +106,9 @@ class TransformersModel(MultiModalModule):
     def fully_shard(self, process_group: dist.ProcessGroup, fsdp2_config_path: str, **kwargs: Any) -> Any:
         """Shard the HF model, whose own override counts; paths in the yaml start inside it."""
         self._loss.output_is_cast(load_fsdp2_config(fsdp2_config_path).output_dtype)
-        return prepare_model(self.model, process_group, fsdp2_config_path)
+        plan = prepare_model(self.model, process_group, fsdp2_config_path)
+        _refuse_recompute_around(self._packed_attention.decoder, self.model)
+        return plan
 
     def forward(
         self,
@@ -185,6 +188,17 @@ class TransformersModel(MultiModalModule):
         if has_grid and not has_positions and "mm_token_type_ids" in self._accepts:
             image, video = self.transformer_config.image_token_id, self.transformer_config.video_token_id
             batch["mm_token_type_ids"] = (input_ids == image).int() + 2 * (input_ids == video).int()
+
+
+def _refuse_recompute_around(decoder: nn.Module | None, model: nn.Module) -> None:
+    """What a batch brings for the decoder (packed samples, blank images) is handed to it from outside, in forward."""
+    for path, module in model.named_modules():
+        if recomputes(module) and module is not decoder and decoder in set(module.modules()):
+            inner = next(name for name, part in model.named_modules() if part is decoder)
+            raise UserError(
+                f"fsdp2 config, recompute_modules: '{path}' is around the text decoder, '{inner}', and to recompute "
+                f"all of a model saves no memory. List the layers instead, such as '{inner}.layers.{{*}}'."
+            )
 
 
 def _is_one_of_several_ranks() -> bool:

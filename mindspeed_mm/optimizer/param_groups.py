@@ -62,7 +62,8 @@ def build_param_groups(
     Sharded (DTensor) and plain parameters never share a group: fused and foreach optimizers refuse the mix.
 
     Args:
-        named_parameters: names and parameters of the whole model; frozen ones are left out.
+        named_parameters: names and parameters of the whole model; frozen ones are left out. A tied parameter may come
+            under each of its names: keywords look at all of them, the table shows the first.
         weight_decay_exclude: keywords of parameters that do not decay.
         lr_scale: ``keyword=scale`` or ``keyword``: parameters whose learning rate is the scheduled one times that
             scale, or times ``lr_mult``. Where several match a parameter the last of them counts.
@@ -73,25 +74,28 @@ def build_param_groups(
     Raises:
         UserError: a keyword matches no trainable parameter, a scale is no number, or no parameter is trainable.
     """
-    trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
+    trainable: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in named_parameters:
+        if parameter.requires_grad:
+            trainable.setdefault(parameter, []).append(name)
     if not trainable:
         raise UserError("Every parameter of the model is frozen: unfreeze a part of it in model.json ('freeze').")
     scales = [_read_scale(word, lr_mult) for word in lr_scale]
-    _check_matches("--weight-decay-exclude-modules", weight_decay_exclude, trainable)
-    _check_matches("--lr-scale-modules", [keyword for keyword, _ in scales], trainable)
+    _check_matches("--weight-decay-exclude-modules", weight_decay_exclude, trainable.values())
+    _check_matches("--lr-scale-modules", [keyword for keyword, _ in scales], trainable.values())
     muon = {id(p) for p in muon_matrices}
     groups: dict[tuple[float, float, bool, bool], ParameterGroup] = {}
-    for name, parameter in trainable:
-        decays = decay_all or not (parameter.ndim <= 1 or name.endswith("bias"))
-        excluded = any(_matches(name, keyword) for keyword in weight_decay_exclude)
+    for parameter, names in trainable.items():
+        decays = decay_all or not (parameter.ndim <= 1 or names[0].endswith("bias"))
+        excluded = any(_matches(names, keyword) for keyword in weight_decay_exclude)
         key = (
-            next((scale for keyword, scale in reversed(scales) if _matches(name, keyword)), 1.0),
+            next((scale for keyword, scale in reversed(scales) if _matches(names, keyword)), 1.0),
             1.0 if decays and not excluded else 0.0,
             isinstance(parameter, DTensor),
             id(parameter) in muon,
         )
         group = groups.setdefault(key, ParameterGroup(*key))
-        group.names.append(name)
+        group.names.append(names[0])
         group.parameters.append(parameter)
     return list(groups.values())
 
@@ -122,14 +126,17 @@ def _read_scale(word: str, default: float) -> tuple[str, float]:
     return keyword, scale
 
 
-def _check_matches(flag: str, keywords: Sequence[str], trainable: Sequence[tuple[str, nn.Parameter]]) -> None:
+def _check_matches(flag: str, keywords: Sequence[str], trainable: Iterable[list[str]]) -> None:
+    every = [name for names in trainable for name in names]
     for keyword in keywords:
-        if not any(_matches(name, keyword) for name, _ in trainable):
-            parts = {part for name, _ in trainable for part in name.split(".")}
+        if not keyword:
+            raise UserError(f"{flag}: an empty keyword is part of every name; remove it, or write a part of a name.")
+        if not _matches(every, keyword):
+            parts = {part for name in every for part in name.split(".")}
             raise UserError(
                 f"{flag}: '{keyword}' is part of no trainable parameter's name.{did_you_mean(keyword, parts)}"
             )
 
 
-def _matches(name: str, keyword: str) -> bool:
-    return keyword.lower() in name.lower()
+def _matches(names: Iterable[str], keyword: str) -> bool:
+    return any(keyword.lower() in name.lower() for name in names)

@@ -67,6 +67,7 @@ class Checkpointer:
         # Weights that do not change and can be read again are not saved.
         self._adapters_only = getattr(self._adapters, "base_model_name_or_path", None) is not None
         self._loaded: Path | None = None
+        self._loaded_whole = False
 
     @property
     def layout(self) -> dict[str, Any]:
@@ -112,6 +113,22 @@ class Checkpointer:
     def resumes_itself(self) -> bool:
         """Whether the run goes on from a checkpoint in its own ``--save``."""
         return self.newest is not None and self.newest.parent.resolve() == Path(self.args.save or "").resolve()
+
+    @property
+    def can_go_back(self) -> bool:
+        """Whether the newest checkpoint is all of a state that the run has been in.
+
+        Raises:
+            UserError: it is not, and to save that state would replace it.
+        """
+        if self.newest is None or self._loaded_whole or self.newest != self._loaded:
+            return self.newest is not None
+        if self.resumes_itself:
+            raise UserError(
+                f"--nan-policy rollback would go back to {self.newest}, of which --no-load-optim, --no-load-rng or "
+                "--load-strict false takes a part only; give --save another folder, or load all of it."
+            )
+        return False
 
     def load(self) -> tuple[int, int]:
         """Load the newest checkpoint under ``--auto-resume``, else what ``--load`` names, else initial weights.
@@ -166,8 +183,11 @@ class Checkpointer:
             self.schedule.load_state_dict(loaded.extra["schedule"])
         alike = loaded.extra.get("layout", {}) == self.layout
         self._rank_state = loaded.rank_state if alike else None
+        if self._rank_state and args.no_load_rng:
+            self._rank_state.pop("rng", None)
         self._consumed_samples = loaded.extra["consumed_train_samples"]
         self._loaded = loaded.path
+        self._loaded_whole = args.load_strict and not args.no_load_optim and not args.no_load_rng
         self._positions = loaded.extra.get("positions", {})
         if self._rank_state is None:
             warn_rank_0(
@@ -253,7 +273,7 @@ class Checkpointer:
 
     def restore_rng(self) -> None:
         """Continue the random streams of this rank, if the checkpoint has them."""
-        if self._rank_state and "rng" in self._rank_state and not self.args.no_load_rng:
+        if self._rank_state and "rng" in self._rank_state:
             self.set_random_state(self._rank_state["rng"])
         self._rank_state = None
 

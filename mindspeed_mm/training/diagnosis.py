@@ -32,6 +32,7 @@ class Finding:
             that micro-batch, or of any when all losses are finite.
         keys: of that micro-batch that hold values that are not finite.
         gradient: index and name of the last parameter, the nearest to the loss, whose gradient is not finite.
+        largest: absolute value in the gradients, where all are finite.
     """
 
     micro_batch: int | None = None
@@ -39,6 +40,7 @@ class Finding:
     module: str | None = None
     keys: tuple[str, ...] = ()
     gradient: tuple[int, str] | None = None
+    largest: float = 0.0
 
 
 def diagnose(
@@ -80,6 +82,8 @@ def diagnose(
             gradient = getattr(parameter, "main_grad", parameter.grad)  # where megatron-core reduces them
             if gradient is not None and not _all_finite(gradient):
                 finding.gradient = (index, name)
+            elif gradient is not None and (local := _local(gradient)).numel():
+                finding.largest = max(finding.largest, float(local.abs().max()))
     engine.optimizer.zero_grad(set_to_none=True)
     findings: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(findings, finding, group=group)
@@ -123,11 +127,13 @@ def _class_of(module: nn.Module) -> str:
 def _all_finite(values: Any) -> bool:
     """Return whether all floating tensors in nested ``values`` hold finite numbers only."""
     for leaf in tree_leaves(dict(values) if isinstance(values, Mapping) else values):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            local = leaf.to_local() if isinstance(leaf, DTensor) else leaf
-            if not torch.isfinite(local).all():
-                return False
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and not torch.isfinite(_local(leaf)).all():
+            return False
     return True
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _keys_not_finite(batch: Any) -> tuple[str, ...]:

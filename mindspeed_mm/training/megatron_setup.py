@@ -109,28 +109,27 @@ def freeze_parts(bare: Sequence[nn.Module], patterns: Sequence[str]) -> None:
     for of_pattern in zip(*gather(mistakes), strict=True):
         if all(of_pattern):
             raise UserError(of_pattern[0])
-    _freeze_ties(bare, patterns)
-
-
-def _freeze_ties(bare: Sequence[Any], patterns: Sequence[str]) -> None:
-    """Freeze tied embeddings under both of their names, and on both of their stages, if they are under one."""
-    decoders = [chunk.text_decoder for chunk in bare if hasattr(chunk, "text_decoder")]
-    weights = [
-        weight
-        for decoder in decoders
-        if decoder.share_embeddings_and_output_weights
-        and (weight := decoder.shared_embedding_or_output_weight()) is not None
-    ]
-    # Where one stage has both, the output layer has no weight of its own to freeze.
-    named = "text_decoder.output_layer" in patterns
-    if any(gather(bool(weights) and (named or not all(weight.requires_grad for weight in weights)))):
+    weights = [weight for chunk in bare if (weight := _tied(chunk)) is not None]
+    if any(gather(not all(weight.requires_grad for weight in weights))):  # the other stage has a copy
         for weight in weights:
             weight.requires_grad_(False)
 
 
-def _mistake(chunk: nn.Module, pattern: str) -> str | None:
+def _tied(chunk: Any) -> nn.Parameter | None:
+    """Return this chunk's copy of a tied embedding."""
+    decoder = getattr(chunk, "text_decoder", None)
+    if decoder is None or not decoder.share_embeddings_and_output_weights:
+        return None
+    weight: nn.Parameter | None = decoder.shared_embedding_or_output_weight()
+    return weight
+
+
+def _mistake(chunk: Any, pattern: str) -> str | None:
+    # Where one stage has both, the output layer has no weight of its own.
+    tied = _tied(chunk)
+    lent = {} if tied is None or not chunk.text_decoder.post_process else {chunk.text_decoder.output_layer: tied}
     try:
-        freeze(chunk, [pattern])
+        freeze(chunk, [pattern], lent=lent)
     except UserError as error:
         return str(error)
     return None

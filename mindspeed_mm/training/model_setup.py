@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -33,7 +33,7 @@ def build_engine(args: Namespace, provider: Callable[..., Any]) -> tuple[FSDP2En
     """Return the engine over the sharded model, and the groups of its parameters."""
     model, plan = build_model(args, provider)
     muon = muon_matrices(model) if args.optimizer == "muon" else ()
-    groups = parameter_groups(args, model.named_parameters(), muon)
+    groups = parameter_groups(args, model.named_parameters(remove_duplicate=False), muon)
     engine = FSDP2Engine(
         model,
         optimizer_from(args, groups),
@@ -55,7 +55,7 @@ def build_model(args: Namespace, provider: Callable[..., Any]) -> tuple[nn.Modul
         model = call_model_provider(provider)
         leave_out_what_it_does_not_take(model)
         if args.mm_model:
-            freeze(hf_model(model), args.mm.model.get("freeze", []))
+            freeze_patterns(model, args.mm.model.get("freeze", []))
         if line := frozen_line(hf_model(model)):
             state.print_rank_0(line)
         lora = _add_adapters(args, model)
@@ -83,6 +83,16 @@ def build_model(args: Namespace, provider: Callable[..., Any]) -> tuple[nn.Modul
     return model, plan
 
 
+def freeze_patterns(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Freeze what the patterns of model.json name."""
+    if not hasattr(model, "blueprint"):
+        freeze(hf_model(model), patterns)
+        return
+    from mindspeed_mm.training.megatron_setup import freeze_parts
+
+    freeze_parts([model], patterns)
+
+
 def _fill_megatron_layers(args: Namespace, model: Any) -> None:
     """Read a ``VLMModel``'s Hugging Face weights, while its parameters still are in one piece."""
     if not hasattr(model, "blueprint"):
@@ -108,6 +118,11 @@ def _add_adapters(args: Namespace, model: nn.Module) -> bool:
     settings = lora_settings(args)
     if settings is None:
         return False
+    if hasattr(model, "blueprint"):
+        raise UserError(
+            f"--lora-target-modules: {type(model).__name__} takes no adapters under FSDP2; remove --use-torch-fsdp2, "
+            "or use pretrain_transformers.py."
+        )
     family = family_of(model.transformer_config) if isinstance(model, TransformersModel) else None
     for line in add_adapters(hf_model(model), settings, family, base_folder(args, model)):
         state.print_rank_0(line)

@@ -23,6 +23,9 @@ from mindspeed_mm.training.diagnosis import Finding, diagnose
 from mindspeed_mm.training.reporting import StepRecord, TrainingLog, read_means
 from mindspeed_mm.training.step_feed import TakenBatch, count_targets
 
+_TOO_LARGE = 1e15
+"""The squares of some hundred million gradients of this size overflow."""
+
 
 @dataclass
 class WatchedStep:
@@ -192,6 +195,12 @@ def _listed(names: list[str], limit: int = 8) -> str:
 def _of_the_gradient(findings: list[Finding]) -> list[str]:
     """Describe a step all losses of which are finite."""
     gradients = [f.gradient for f in findings if f.gradient is not None]
+    largest = max(f.largest for f in findings)
+    if not gradients and largest > _TOO_LARGE:
+        return [
+            f"all losses and gradients are finite, the largest value of a gradient is {largest:.1e}: the sum of their "
+            "squares is too large for float32. Training has diverged; lower --lr, or look at the loss"
+        ]
     if not gradients:
         return [
             "the same batches run again give finite losses and gradients: a fault of the hardware, or a kernel that "

@@ -280,7 +280,9 @@ def _build_trainer(
     feed = StepFeed(
         train if train is not None else CyclicIterator([None]),
         stride=args.micro_batch_size * args.data_parallel_size,
-        left_out=LeftOut(Path(args.save) if args.save else None, resumes=checkpointer.resumes_itself),
+        left_out=LeftOut(
+            Path(args.save) if args.save else None, checkpointer.newest.parent if checkpointer.newest else None
+        ),
         check=TokenCheck(engine.module),
     )
     return Trainer(
@@ -327,7 +329,7 @@ def _prepare_rollback(trainer: Trainer, checkpointer: Checkpointer, train: Itera
             f"--nan-policy rollback: the training data is a {type(train).__name__} without a position, which cannot go "
             "back; return a DataLoader or another iterable from train_valid_test_datasets_provider, or use skip."
         )
-    if checkpointer.newest is None and trainer.save:
+    if trainer.save and not checkpointer.can_go_back:
         trainer.save()
 
 

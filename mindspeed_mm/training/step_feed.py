@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mindspeed_mm import accelerator
+from mindspeed_mm.checkpoint.coordination import gather
 from mindspeed_mm.data.loaders import Batch
 from mindspeed_mm.losses import IGNORE
 from mindspeed_mm.training.feed import Feed
@@ -29,23 +30,28 @@ class LeftOut:
 
     Args:
         folder: of the checkpoints, None to keep no file.
-        resumes: read what an earlier part of this run has left out; otherwise another run's file is removed.
+        earlier: the folder of the checkpoint that the run goes on from, whose ranges count here too; None if it starts
+            anew. A collective: the disk of one host may be the only one that has the file.
     """
 
-    def __init__(self, folder: Path | None, *, resumes: bool) -> None:
+    def __init__(self, folder: Path | None, earlier: Path | None = None) -> None:
         self._file = folder / LEFT_OUT_FILE if folder else None
-        self.ranges: list[tuple[int, int]] = []
-        if self._file and resumes and self._file.exists():
-            self.ranges = [(first, end) for first, end in json.loads(self._file.read_text(encoding="utf-8"))]
-        if self._file and not resumes and dist.get_rank() == 0:
-            self._file.unlink(missing_ok=True)
+        self.ranges: list[tuple[int, int]] = max(gather(_read(earlier / LEFT_OUT_FILE) if earlier else []), key=len)
+        if folder and not (earlier and earlier.resolve() == folder.resolve()) and dist.get_rank() == 0:
+            (folder / LEFT_OUT_FILE).unlink(missing_ok=True)  # another run's
+            if self.ranges:
+                self._write()
 
     def add(self, first: int, end: int) -> None:
         """Leave out samples ``first`` to ``end - 1`` from now on. Every rank calls it."""
         if self.ranges and self.ranges[-1][1] == first:
             first = self.ranges.pop()[0]
         self.ranges.append((first, end))
-        if self._file is None or dist.get_rank() != 0:
+        if dist.get_rank() == 0:
+            self._write()
+
+    def _write(self) -> None:
+        if self._file is None:
             return
         self._file.parent.mkdir(parents=True, exist_ok=True)
         new = self._file.with_suffix(".new")
@@ -58,6 +64,10 @@ class LeftOut:
     def touches(self, first: int, end: int) -> bool:
         """Return whether any of the samples ``first`` to ``end - 1`` is left out."""
         return any(first < b and a < end for a, b in self.ranges)
+
+
+def _read(file: Path) -> list[tuple[int, int]]:
+    return [(first, end) for first, end in json.loads(file.read_text(encoding="utf-8"))] if file.exists() else []
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,10 @@ def test_flags_that_need_another() -> None:
         "no effect: --lr-mult (it is read only with --lr-scale-modules)",
         "no effect: --tensorboard-log-interval (it is read only with --tensorboard-dir or --wandb-project)",
     ]
+    args = validated(*FSDP2, "--lr-warmup-init", "1e-7", "--lr-warmup-fraction", "0")
+    assert report_inert_flags(args, "fsdp2") == [
+        "no effect: --lr-warmup-init (it is read only with --lr-warmup-iters or --lr-warmup-fraction)"
+    ]
     args = validated(*FSDP2, "--optimizer", "sgd", "--sgd-momentum", "0.5", "--tensorboard-dir", "t")
     assert report_inert_flags(args, "fsdp2") == []
     args = validated(*FSDP2, "--tensorboard-log-interval", "3", "--wandb-project", "p", "--wandb-exp-name", "n")

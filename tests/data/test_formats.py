@@ -120,6 +120,26 @@ def test_rows_of_tables_that_cannot_be_read_are_named(dataset_param, tmp_path):
         build_mm_dataset(dataset_param(dataset=str(tmp_path / "a.parquet")))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_column_that_no_row_has_is_an_error(streaming, dataset_param, tmp_path):
+    """A row, or a file of several, may be without it."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"messages": turns}, {"messages": turns, "prompt": "Be brief.", "functions": None}]
+    for names, problem in (
+        ({"system": "promt"}, r"attr\.system: no row has a column 'promt'; the first has 'messages'"),
+        ({"tools": "tools"}, r"attr\.tools: no row has a column 'tools'; the first has 'messages'"),
+        ({"system": "prompt", "tools": "functions"}, None),
+    ):
+        param = dataset_param(rows, family="text", streaming=streaming, cache_dir=str(tmp_path / "cache"))
+        param["attr"] = {**param["attr"], **names}
+        for _ in range(2):  # the second time the rows may come from the cache
+            if problem is None:
+                build_mm_dataset(param)
+            else:
+                with pytest.raises(UserError, match=problem):
+                    build_mm_dataset(param)
+
+
 def test_cells_are_text_where_text_is_meant(dataset_param, tmp_path):
     answers = ["[2, 3, 5]", '{"primes": [2]}', "[]", 'a "b", \nc']
     lines = ["", "instruction,output,history", *(f'list them,"{a.replace(chr(34), chr(34) * 2)}",' for a in answers)]

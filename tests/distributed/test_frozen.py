@@ -52,6 +52,7 @@ def test_a_tied_parameter_is_frozen_under_both_names() -> None:
         ("layers.0.linear.bia", r"matches no module and no parameter.*layers\.\{0-2\}\.linear\.bias"),
         ("layers.0.linear.bias.x", "matches no module and no parameter"),
         ("layers.{a}", "is no number and no range"),
+        ("layers.{*}.dropout", r"'layers\.\{\*\}\.dropout' has no parameters that could be frozen"),
     ],
 )
 def test_a_pattern_that_names_nothing(pattern: str, words: str) -> None:

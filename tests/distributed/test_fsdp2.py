@@ -387,9 +387,9 @@ class Opaque:
 class Either(nn.Module):
     """Each rank has a part of its own."""
 
-    def __init__(self, hides: bool) -> None:
+    def __init__(self, hides: bool, bias: bool = True) -> None:
         super().__init__()
-        self.parts = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+        self.parts = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3, bias)])
         self.hides = hides
 
     def forward(self, x: torch.Tensor) -> Any:
@@ -397,18 +397,44 @@ class Either(nn.Module):
         return Opaque(output) if self.hides else (output,)
 
 
-def check_gradients_that_cannot_be(words: str, hides: bool) -> None:
-    model = Either(hides)
+class OwnPart(torch.autograd.Function):
+    """The parameters of all parts take part, and on each rank only those of its own get a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*parameters)
+        return torch.stack([p.sum() for p in parameters]).sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        mine = [i // 2 == dist.get_rank() for i in range(4)]
+        return tuple(
+            torch.ones_like(p) if is_mine else None for is_mine, p in zip(mine, ctx.saved_tensors, strict=True)
+        )
+
+
+class Hidden(Either):
+    """As `Either`, but autograd does not know it."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return (OwnPart.apply(*self.parameters()),)
+
+
+def check_gradients_that_cannot_be(words: str, model: Either) -> None:
     shard(model, sharding_size="auto", sub_modules_to_wrap=[])
     engine = FSDP2Engine(model, torch.optim.SGD(model.parameters(), lr=1.0), group=dist.group.WORLD, clip_grad=0.0)
-    loss_func = lambda output: output.value if hides else output[0]  # noqa: E731
+    loss_func = lambda output: output.value if model.hides else output[0]  # noqa: E731
+    micro_batches = 2
     with pytest.raises(UserError, match=words):
-        engine.forward_backward(lambda _, module: (module(torch.ones(2, 3)), loss_func), None, 1)
+        for _ in range(2):
+            engine.forward_backward(lambda _, module: (module(torch.ones(2, 3)), loss_func), None, micro_batches)
 
 
-def test_gradients_of_different_parameters_are_not_added_up(ranks2: RankPool) -> None:
-    ranks2.run(check_gradients_that_cannot_be, "'parts.0.weight' got a gradient on rank 0 and none on rank 1", False)
+@pytest.mark.parametrize("model", [Either(False), Either(False, bias=False), Hidden(False)], ids=["", "size", "hidden"])
+def test_gradients_of_different_parameters_are_not_added_up(ranks2: RankPool, model: Either) -> None:
+    """Of different sizes, gloo ends the process where it would add them up."""
+    ranks2.run(check_gradients_that_cannot_be, "'parts.0.weight' got a gradient on rank 0 and none on rank 1", model)
 
 
 def test_an_output_whose_tensors_fsdp_does_not_find_is_an_error(ranks1: RankPool) -> None:
-    ranks1.run(check_gradients_that_cannot_be, "no parameter got one: .* tuples, lists, dicts", True)
+    ranks1.run(check_gradients_that_cannot_be, "no parameter got one: .* tuples, lists, dicts", Either(True))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import dropout, scaled_dot_product_attention
@@ -82,6 +83,23 @@ def test_a_cache_is_used_only_without_gradients() -> None:
     with torch.no_grad():
         layer(torch.ones(1, 2), past_key_values=cache, use_cache=True)
     assert len(cache) == 1
+
+
+@pytest.mark.parametrize("keep", [None, "matmul"])
+def test_a_cache_that_comes_by_position_is_left_out(keep: str | None) -> None:
+    """As GPT-2's blocks get it, unless the caller says use_cache=False."""
+    config = transformers.GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=11, bos_token_id=0, eos_token_id=0)
+    ids = torch.tensor([[1, 4, 2, 7]])
+    found = []
+    for recomputed in (False, True):
+        torch.manual_seed(0)
+        model = transformers.GPT2LMHeadModel(config).train()
+        for block in model.transformer.h if recomputed else ():
+            recompute(block, keep)
+        torch.manual_seed(5)
+        model(ids, labels=ids, use_cache=recomputed).loss.backward()
+        found.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
 class Attention(nn.Module):

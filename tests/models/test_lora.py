@@ -186,6 +186,41 @@ def test_where_adapters_go(words: tuple[str, ...], apply: tuple[str, ...], expec
     assert {name for names in named_tensors(model, "adapters") for name in names} == trained
 
 
+class Twice(nn.Module):
+    """The paths of one part are the ends of another's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])})
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[0](self.tower["layers"][0](x))
+
+
+def test_a_path_that_ends_like_a_target_gets_no_adapter(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, plain = Twice(), Twice()
+    plain.load_state_dict(model.state_dict())
+    add_adapters(model, LoraSettings(("layers.{0}",)), base="somewhere")
+    stir(model)
+    assert {name.split(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad} == {"layers.0"}
+    export_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(plain, str(tmp_path))
+    x = torch.randn(2, 4)
+    assert torch.equal(model(x), theirs(x))
+
+    model = Twice()
+    model.tower.requires_grad_(False)
+    with pytest.raises(UserError, match=r"peft cannot tell tower\.layers\.\{0-1\} from a target"):
+        add_adapters(model, LoraSettings((), ("layers.0.weight", "layers.1.weight")))
+
+
+def test_a_model_without_linear_layers() -> None:
+    with pytest.raises(UserError, match="all-linear: Sequential has no linear layer"):
+        add_adapters(nn.Sequential(nn.Conv1d(2, 2, 1)), LoraSettings(("all-linear",)))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from mindspeed_mm.distributed.fsdp2 import prepare_model
 from mindspeed_mm.distributed.reduction import sum_gradients
+from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.common.modelzoo import ModelHub
 from mindspeed_mm.models.transformers.base_model import FSDP2Mixin, WeightInitMixin
 from mindspeed_mm.models.transformers_model import TransformersModel
@@ -116,3 +117,28 @@ def test_documented_adapter_is_sharded_by_the_yaml(ranks2: RankPool, tmp_path: P
         assert dict(rows) == {"model.language_model.layers.{0-1}": 2, "lm_head": 1}
         for name, gradient in found.items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-6, atol=1e-9, msg=name)
+
+
+def recomputed(folder: str, family: str, module: str) -> str:
+    """Recompute a module in a step in which one rank has no image; return the message that refuses it, if any."""
+    yaml = Path(folder) / f"fsdp2_config_{dist.get_rank()}.yaml"
+    yaml.write_text(f"sharding_size: auto\nrecompute_modules: ['{module}']\n")
+    model = TransformersModel({"init_from_hf_path": folder})
+    try:
+        prepare_model(model, dist.group.WORLD, str(yaml))
+    except UserError as error:
+        return str(error)
+    model(**batch(family, 0, dist.get_rank()))["loss"].backward()
+    return ""
+
+
+@pytest.mark.parametrize("module", ["", "model", "model.language_model"])
+def test_what_is_around_the_decoder_is_not_recomputed(ranks2: RankPool, tmp_path: Path, module: str) -> None:
+    """Then what keeps the ranks in step would be gone in the backward pass."""
+    save_tiny("qwen3_vl", tmp_path)
+    for message in ranks2.run(recomputed, str(tmp_path), "qwen3_vl", module):
+        if module == "model.language_model":
+            assert message == ""
+        else:
+            assert f"recompute_modules: '{module}' is around the text decoder, 'model.language_model'" in message
+            assert "model.language_model.layers.{*}" in message

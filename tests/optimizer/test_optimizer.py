@@ -10,6 +10,8 @@ from torch import nn
 
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.optimizer import build_optimizer, build_param_groups, build_schedule
+from mindspeed_mm.training.optimizer_setup import parameter_groups
+from tests.arguments.lines import validated
 
 
 def model() -> nn.Module:
@@ -57,6 +59,31 @@ def test_a_keyword_may_bring_its_own_scale_and_the_last_match_counts() -> None:
     expected = {"visual.block.weight": 0.1, "visual.merger.weight": 2.0, "head.weight": 3.0}
     assert scales("visual=0.1", "merger=2", "head") == expected
     assert scales("merger=2", "visual=0.1", "head") == {**expected, "visual.merger.weight": 0.1}
+
+
+@pytest.mark.parametrize("words", [{"lr_scale": [""]}, {"weight_decay_exclude": ["0.", ""]}])
+def test_an_empty_keyword_which_is_part_of_every_name_is_an_error(words: dict) -> None:
+    with pytest.raises(UserError, match="modules: an empty keyword is part of every name"):
+        build_param_groups(model().named_parameters(), **words)
+
+
+def test_a_tied_parameter_is_found_by_each_of_its_names() -> None:
+    module = nn.ModuleDict({"embed": nn.Embedding(3, 2), "head": nn.Linear(2, 3, bias=False)})
+    module["head"].weight = module["embed"].weight
+    every = list(module.named_parameters(remove_duplicate=False))
+    for words in ({"lr_scale": ["head=0.5"]}, {"lr_scale": ["embed=0.5"]}):
+        assert names(build_param_groups(every, **words)) == {(0.5, 1.0): ["embed.weight"]}
+    assert names(build_param_groups(every, weight_decay_exclude=["head"])) == {(1.0, 0.0): ["embed.weight"]}
+
+
+def test_a_scale_of_one_is_said_to_have_no_effect(capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*words: str) -> str:
+        flags = ["--use-torch-fsdp2", "--micro-batch-size", "1", "--train-iters", "1", "--lr", "1", *words]
+        parameter_groups(validated(*flags), model().named_parameters())
+        return capsys.readouterr().err
+
+    assert "--lr-scale-modules 0. 2.: no effect" in said("--lr-scale-modules", "0.", "1.bias=2", "2.")
+    assert said("--lr-scale-modules", "0.", "--lr-mult", "2") == said("--lr-scale-modules", "0.=1") == ""
 
 
 @pytest.mark.parametrize("word", ["visual=", "visual=fast", "visual=-1", "visual=nan", "=0.1"])

@@ -50,7 +50,7 @@ class Ratio(nn.Module):
 
 
 class Net(nn.Module):
-    """Two layers; ``breaks`` is where a bad sample makes it not finite: ``forward``, ``backward`` or ``loss``."""
+    """Two layers; ``breaks`` is what a bad sample makes not finite: ``forward``, ``backward``, ``loss`` or ``norm``."""
 
     def __init__(self, breaks: str, dropout: float, chance: float) -> None:
         super().__init__()
@@ -68,6 +68,8 @@ class Net(nn.Module):
         x = self.ratio(x, bad if self.breaks == "forward" else torch.zeros_like(bad))
         x = self.dropout(self.layers[1](x).tanh())
         loss = nn.functional.cross_entropy(self.head(x), y)
+        if self.breaks == "norm":
+            return loss * torch.where(bad.max() > 0, 1e25, 1.0)
         return loss + torch.where(bad.max() > 0, torch.inf, 0.0) if self.breaks == "loss" else loss
 
 

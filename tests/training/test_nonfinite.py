@@ -139,6 +139,9 @@ def test_stop_where_only_the_gradient_or_the_loss_breaks(ranks2: RankPool, tmp_p
     (_, message), _ = ranks2.run(train, tmp_path, *ACCUMULATE, steps=5, bad=(BAD,), breaks="backward")
     assert "all losses are finite; the gradient of 'layers.0.bias' is not, and of none after it" in message
     assert "all modules' outputs are finite" in message
+    (_, message), _ = ranks2.run(train, tmp_path, *ACCUMULATE, steps=5, bad=(BAD,), breaks="norm")
+    assert re.search(r"all losses and gradients are finite, the largest value .* is \d\.\de\+2[0-9]: the sum", message)
+    assert "hardware" not in message and "grad norm: inf" in message
     plain = {"breaks": "loss", "plain_loader": True}  # a user's own loader, in which both ranks read the same
     (_, message), _ = ranks2.run(train, tmp_path, *ACCUMULATE, steps=5, bad=(6,), **plain)
     assert "rank 0, micro-batch 2 of 2: loss inf, samples of consumed samples 12 to 15\n" in message
@@ -182,6 +185,32 @@ def test_rollback_from_the_start_and_its_limit(ranks2: RankPool, tmp_path: Path)
     assert_same_state(tmp_path / "a" / "iter_0000005", tmp_path / "b" / "iter_0000005")
     (_, message), _ = ranks2.run(train, tmp_path / "c", *flags, steps=5, bad=(1, 5, 13))
     assert "--nan-limit 2: that many rollbacks were made before" in message
+
+
+def test_what_is_left_out_is_left_out_in_another_folder_too(ranks2: RankPool, tmp_path: Path) -> None:
+    """A run that dies between a rollback and the next checkpoint is resumed with another --save."""
+    a, b, c = (tmp_path / name for name in "abc")
+    flags = (*ACCUMULATE, "--save-interval", "2")
+    ranks2.run(train, a, *flags, "--nan-policy", "rollback", steps=4, bad=(BAD,))
+    ranks2.run(train, b, *flags, steps=4, without=OF_BAD_STEP)
+    for _ in range(2):  # and once more, from a checkpoint of that one
+        (_, message), _ = ranks2.run(train, c, *flags, "--load", str(a), "--ckpt-step", "2", steps=4, bad=(BAD,))
+        assert message == ""
+        assert_same_state(c / "iter_0000004", b / "iter_0000004")
+        a, c = c, tmp_path / "d"
+        (a / "iter_0000002").symlink_to(tmp_path / "a" / "iter_0000002")
+
+
+def test_rollback_goes_back_to_what_was_there_not_to_what_was_not_loaded(ranks2: RankPool, tmp_path: Path) -> None:
+    ranks2.run(train, tmp_path / "start", *ACCUMULATE, steps=2)
+    flags = (*ACCUMULATE, "--load", str(tmp_path / "start"), "--no-load-optim", "--no-load-rng")
+    rollback = ("--nan-policy", "rollback")
+    ranks2.run(train, tmp_path / "a", *flags, *rollback, steps=5, bad=(BAD,), dropout=0.3)
+    ranks2.run(train, tmp_path / "b", *flags, steps=5, without=OF_BAD_STEP, dropout=0.3)
+    assert_same_state(tmp_path / "a" / "iter_0000005", tmp_path / "b" / "iter_0000005")
+    assert tensors(tmp_path / "a" / "iter_0000005")["optimizer.state.head.weight.step"] == 3
+    (_, message), _ = ranks2.run(train, tmp_path / "start", *flags, *rollback, steps=5)
+    assert re.search(r"would go back to \S+/start/iter_0000002, of which --no-load-optim.* a part only", message)
 
 
 def test_a_good_step_is_torchs_own() -> None:

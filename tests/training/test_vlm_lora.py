@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.ranks import RankPool
-from tests.training.job import Job, run_here
+from tests.training.job import ROOT, Job, run_here
 from tests.training.test_resume import losses, tensors
 from tests.training.test_vlm_road import PP, odd_folder, train, vlm
 
@@ -57,3 +57,11 @@ def test_a_run_with_adapters(vlm: Job, ranks2: RankPool, odd_folder: Path, tmp_p
         for name, value in found.items():
             assert torch.equal(value, saved[f"model.model.{name}"]), name
             assert value.any(), name
+
+
+def test_under_fsdp2_it_takes_no_adapters(vlm: Job, ranks1: RankPool) -> None:
+    vlm.script = ROOT / "pretrain_vlm.py"
+    vlm.yaml = {"sharding_size": "auto", "sub_modules_to_wrap": ["text_decoder.decoder.layers.{*}"]}
+    vlm.flags |= {"lora-target-modules": ["all-linear"], "global-batch-size": 1, "train-iters": 4}
+    (outcome,) = ranks1.run(run_here, vlm.command(), vlm.folder, timeout=240)
+    assert "VLMModel takes no adapters under FSDP2; remove --use-torch-fsdp2" in outcome.error()

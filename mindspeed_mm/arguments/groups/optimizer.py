@@ -18,7 +18,13 @@ LEARNING_RATE = Group(
         Flag("--lr-decay-iters", integer(1), None, "step at which the decay is over (default: the last step)"),
         Flag("--lr-warmup-fraction", real(0, 1), None, "length of the linear warm-up as a fraction of the decay"),
         Flag("--lr-warmup-iters", integer(0), 0, "length of the linear warm-up in steps"),
-        Flag("--lr-warmup-init", real(0), 0.0, "learning rate at which the warm-up starts"),
+        Flag(
+            "--lr-warmup-init",
+            real(0),
+            0.0,
+            "learning rate at which the warm-up starts",
+            needs="--lr-warmup-iters or --lr-warmup-fraction",
+        ),
         Flag(
             "--lr-wsd-decay-iters",
             integer(1),

@@ -29,9 +29,9 @@ class PackedAttention:
         self._name = type(model).__name__
         self._takes_positions = takes(model, "position_ids")
         self._pack: tuple[Tensor, int] | None = None
-        self._decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else None
-        if self._decoder is not None:
-            self._decoder.register_forward_pre_hook(self._keep_apart, with_kwargs=True)
+        self.decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else None
+        if self.decoder is not None:
+            self.decoder.register_forward_pre_hook(self._keep_apart, with_kwargs=True)
 
     @contextmanager
     def for_batch(self, cu_seqlens: Tensor | None, max_seqlen: int | None) -> Iterator[None]:
@@ -53,7 +53,7 @@ class PackedAttention:
             self._pack = None
 
     def _check(self) -> None:
-        if self._decoder is None:
+        if self.decoder is None:
             raise UserError(f"packing: {self._name} has no text decoder to be found; set packing to false in data.json")
         if not self._takes_positions:
             raise UserError(
@@ -70,10 +70,10 @@ class PackedAttention:
 
     @property
     def _implementation(self) -> str:
-        return str(self._decoder.config._attn_implementation)
+        return str(self.decoder.config._attn_implementation)
 
     def _kinds(self) -> set[str]:
-        config = self._decoder.config
+        config = self.decoder.config
         usual = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
         return set(getattr(config, "layer_types", None) or [usual])
 
@@ -99,7 +99,7 @@ class PackedAttention:
         query, key = positions[:, None], positions[None, :]
         visible = (sample[:, None] == sample[None, :]) & (key <= query)
         if kind == "sliding_attention":
-            visible &= key > query - self._decoder.config.sliding_window
+            visible &= key > query - self.decoder.config.sliding_window
         if self._implementation != "eager":
             return visible[None, None]
         dtype = inputs.dtype if inputs.is_floating_point() else torch.float32

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from mindspeed_mm.distributed import state
 from mindspeed_mm.distributed.fsdp2 import prepare_model
+from mindspeed_mm.training.model_setup import freeze_patterns
 from tests.models import tiny
 from tests.models.megatron import vlm
 from tests.ranks import RankPool
@@ -95,6 +96,25 @@ def test_ranks_call_a_frozen_tower_equally_often(ranks2: RankPool, tmp_path: Pat
     for loss, batch in zip(found, batches, strict=True):
         right, *_ = vlm.oracle("qwen3_vl", batch)
         assert abs(loss - right) <= 1e-5 * right
+
+
+def frozen_by(folder: str, pattern: str) -> list[str]:
+    vlm.start()
+    (model,) = vlm.build(folder)
+    freeze_patterns(model, [pattern])
+    return [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+
+
+@pytest.mark.parametrize("pattern", ["text_decoder.output_layer", "text_decoder.{*}_layer", "text_decoder.embedding"])
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+def test_an_output_layer_is_frozen_with_the_embedding_it_is_tied_to(
+    ranks1: RankPool, tmp_path: Path, pattern: str, tie: bool
+) -> None:
+    tiny.save_tiny("qwen3", tmp_path, tie=tie)
+    embedding, output = "text_decoder.embedding.word_embeddings.weight", "text_decoder.output_layer.weight"
+    assert ranks1.run(frozen_by, str(tmp_path), pattern) == [
+        [embedding if tie or pattern.endswith("embedding") else output]
+    ]
 
 
 def plain_layout(folder: str) -> tuple[int, dict[str, list[vlm.Piece]]]:
