@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from mindspeed_mm import accelerator
 from mindspeed_mm.data.iterators import CyclicIterator
-from mindspeed_mm.distributed.state import data_parallel_group, print_rank_last
+from mindspeed_mm.distributed.state import data_parallel_group, print_rank_last, warn_rank_0
 from mindspeed_mm.engine import Engine
 from mindspeed_mm.engine.base import ForwardStep, Report
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.feed import Check, Feed, count_samples
-from mindspeed_mm.training.reporting import merge_reports, perplexity, read_means
+from mindspeed_mm.training.reporting import is_loss, merge_reports, perplexity, read_means
 
 FULL_PASS = -1
 """``--eval-iters`` for all samples, once each."""
@@ -55,6 +55,12 @@ def evaluate(
             else:
                 totals = _steps(engine, forward_step, Feed(iterator, name, check), steps, num_microbatches)
             values |= {f"{key}/{dataset}" if dataset else key: mean for key, mean in read_means(totals).items()}
+    for key, value in values.items():
+        if is_loss(key) and value == 0:
+            warn_rank_0(
+                f"{name} {key} is exactly 0: no sample of the {name} data seems to have a target. Check 'labels', and "
+                "whether samples are cut before the answer begins."
+            )
     return values
 
 

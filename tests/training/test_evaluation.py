@@ -193,6 +193,28 @@ def test_the_best_checkpoint_has_the_lowest_loss_whatever_else_is_reported(ranks
     assert manifest["validation_loss"] == rows[0]["validation loss"] != rows[0]["validation accuracy"]
 
 
+def without_targets(folder: str) -> str:
+    from tests.training.test_saving import capture
+
+    def main() -> None:
+        from mindspeed_mm.training import pretrain
+        from tests.training.script import Net, arguments, datasets
+
+        def forward_step(iterator: Iterator[Any], model: torch.nn.Module) -> Any:
+            loss = model(**next(iterator))
+            return loss, lambda loss: loss if loss.requires_grad else (0 * loss, 0, {})
+
+        arguments(folder, steps=1)
+        pretrain(datasets, Net, None, forward_step)
+
+    return capture(main)[1]
+
+
+def test_a_validation_without_targets_is_told_from_a_perfect_model(ranks1: RankPool, tmp_path: Path) -> None:
+    (text,) = ranks1.run(without_targets, str(tmp_path))
+    assert "warning: validation loss is exactly 0: no sample of the validation data seems to have a target" in text
+
+
 def with_a_test_set(folder: str) -> None:
     from torch.utils.data import DataLoader, Subset
 
