@@ -83,20 +83,22 @@ def train_valid_test_datasets_provider(train_val_test_num_samples: list[int]) ->
             split = train.train_test_split(test_size=val_rate, seed=args.seed)
             train, valid = split["train"], split["test"]
 
-    def build(dataset: Any, consumed_samples: int) -> Any:
+    def build(dataset: Any, dataloader_param: Any, consumed_samples: int = 0) -> Any:
         if dataset is None:
             return None
         if isinstance(dataset, dict):
-            return {name: build(one, consumed_samples) for name, one in dataset.items()}
+            return {name: build(one, dataloader_param) for name, one in dataset.items()}
         return build_mm_dataloader(
             dataset,
-            dataloader_param=args.mm.data.dataloader_param,
+            dataloader_param=dataloader_param,
             process_group=data_parallel_group(),
             dataset_param=dataset_param,
             consumed_samples=consumed_samples,
         )
 
-    return build_iterations(build(train, args.consumed_train_samples), build(valid, 0))
+    loader = args.mm.data.dataloader_param
+    every_sample = loader.model_copy(update={"drop_last": False})  # of an evaluation, however few there are
+    return build_iterations(build(train, loader, args.consumed_train_samples), build(valid, every_sample))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from copy import deepcopy
 from typing import Any
 
 from mindspeed_mm.configs.config import mm_extra_args_provider
+from mindspeed_mm.errors import UserError
 from mindspeed_mm.training import get_args, pretrain, print_rank_0
 
 _MODULES = ("image_encoder", "audio_encoder", "text_decoder")
@@ -65,6 +66,8 @@ def loss_func(output: dict[str, Any]) -> tuple[Any, ...]:
     tokens; with ``--calculate-per-sample-loss`` it is a mean, and ``sample_nums`` says over how many samples.
     """
     args = get_args()
+    if "loss_dict" not in output:
+        raise UserError("the batch has no 'labels': the dataset or get_batch must provide them for training.")
     losses = output["loss_dict"]
     loss, count = losses["loss"], losses.get("token_nums")
     if "sample_nums" in losses:
@@ -98,20 +101,22 @@ def train_valid_test_datasets_provider(train_val_test_num_samples: list[int]) ->
             split = train.train_test_split(test_size=val_rate, seed=args.seed)
             train, valid = split["train"], split["test"]
 
-    def build(dataset: Any, consumed_samples: int) -> Any:
+    def build(dataset: Any, dataloader_param: Any, consumed_samples: int = 0) -> Any:
         if dataset is None:
             return None
         if isinstance(dataset, dict):
-            return {name: build(one, consumed_samples) for name, one in dataset.items()}
+            return {name: build(one, dataloader_param) for name, one in dataset.items()}
         return build_mm_dataloader(
             dataset,
-            dataloader_param=args.mm.data.dataloader_param,
+            dataloader_param=dataloader_param,
             process_group=loader_group(),
             dataset_param=dataset_param,
             consumed_samples=consumed_samples,
         )
 
-    return build_iterations(build(train, args.consumed_train_samples), build(valid, 0))
+    loader = args.mm.data.dataloader_param
+    every_sample = loader.model_copy(update={"drop_last": False})  # of an evaluation, however few there are
+    return build_iterations(build(train, loader, args.consumed_train_samples), build(valid, every_sample))
 
 
 if __name__ == "__main__":

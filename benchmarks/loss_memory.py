@@ -5,16 +5,18 @@
     python benchmarks/loss_memory.py --model --tokens 4096 8192 16384 32768    # memory only, any machine
 
 ``chunked`` computes the gradients of a chunk with its loss; ``again`` makes its logits again in the backward pass,
-which only the loss per sample does. A way that needs more memory than there is does not fit.
+which only the loss per sample does. Where whole logits need more memory than there is, as few pieces of the tokens as
+fit take their turn one after the other, each with whole logits; their times and peaks are added up.
 
 The first two forms run the output head of a 0.5 B model (hidden size 896, vocabulary 151,936) with its loss, forward
 and backward, each case in a fresh process, and the processes of one size take turns. They print the median time and
 the peak above what hidden states, weight and their gradients take: the allocator's on an accelerator; on a CPU the
 high-water mark of resident memory that the kernel keeps for a process (VmHWM), reset before the step.
 
-``--model`` is about forward and backward of a 0.5 B model in bf16, with the fp32 weights, gradients and AdamW's state
-that its optimizer keeps. Nothing is computed: under FakeTensorMode the storage of every tensor of a real step is added
-up while it lives, which is exact about tensors and knows nothing of an allocator.
+``--model`` is about forward and backward of a 0.5 B model as ``pretrain_transformers.py`` trains it in bf16: sharded by
+FSDP2 over so many devices, fp32 weights and AdamW's state, gradients reduced in fp32. Nothing is computed or sent:
+under FakeTensorMode PyTorch's FSDPMemTracker adds up the storage of every tensor of a real step on the first device
+while it lives, which is exact about tensors and knows nothing of an allocator.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ import statistics
 import subprocess
 import sys
 import time
-import weakref
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,37 +40,38 @@ GIB = 2**30
 
 
 def chunk_size(tokens: int) -> int:
-    """Return the default of ``loss_cfg.chunk_size``, but an eighth of few tokens: a laptop sees the same picture."""
-    return min(1024, tokens // 8)
+    """Return the default of ``loss_cfg.chunk_size``, but a quarter of few tokens: a laptop sees the same picture."""
+    return min(1024, tokens // 4)
 
 
-def head_case(way: str, tokens: int, dtype_name: str) -> dict[str, float]:
-    """Return seconds and peak bytes of one forward and backward of head and loss, after one to warm up."""
+def head_case(way: str, tokens: int, dtype_name: str, pieces: int = 1) -> dict[str, float]:
+    """Return seconds and peak bytes of one forward and backward of head and loss, or their sums over pieces."""
     import torch
     from torch import nn
 
     from mindspeed_mm import accelerator
-    from mindspeed_mm.losses import cross_entropy_sums, head_returns_loss_sums, linear_cross_entropy, mean_token_loss
+    from mindspeed_mm.losses import cross_entropy_sums, head_returns_loss_sums, linear_cross_entropy
 
     device, dtype = accelerator.device(), getattr(torch, dtype_name)
     torch.manual_seed(0)
     head = nn.Linear(HIDDEN, VOCABULARY, bias=False, device=device, dtype=dtype)
     hidden = torch.randn(1, tokens, HIDDEN, device=device, dtype=dtype, requires_grad=True)
     targets = torch.randint(VOCABULARY, (1, tokens), device=device)
-    counts = torch.tensor([tokens], device=device)
     hidden.grad, head.weight.grad = torch.zeros_like(hidden), torch.zeros_like(head.weight)
     in_one_pass = partial(linear_cross_entropy, chunk_size=chunk_size(tokens))
     kernel = {"chunked": in_one_pass, "liger": accelerator.fused_linear_cross_entropy()}.get(way)
     if accelerator.is_cpu():  # then an allocation fails, instead of the machine
         resource.setrlimit(resource.RLIMIT_DATA, (proc("meminfo", "MemAvailable"), resource.RLIM_INFINITY))
 
-    def step() -> None:
+    def loss_sums(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         if way == "whole":
-            sums = cross_entropy_sums(head(hidden), targets)
-        else:
-            with head_returns_loss_sums(head, targets, chunk_size(tokens), kernel):
-                sums = head(hidden)
-        mean_token_loss(sums, counts).backward()
+            return cross_entropy_sums(head(hidden), targets)
+        with head_returns_loss_sums(head, targets, chunk_size(tokens), kernel):
+            return head(hidden)
+
+    def step() -> None:
+        for piece in zip(hidden.chunk(pieces, dim=1), targets.chunk(pieces, dim=1), strict=True):
+            (loss_sums(*piece).sum() / tokens).backward()
         accelerator.synchronize()
 
     if not accelerator.is_cpu():
@@ -77,7 +80,7 @@ def head_case(way: str, tokens: int, dtype_name: str) -> dict[str, float]:
     start = time.perf_counter()
     step()
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "bytes": read_peak(accelerator) - before}
+    return {"seconds": seconds, "bytes": pieces * (read_peak(accelerator) - before)}
 
 
 def reset_peak(accelerator: Any) -> int:
@@ -101,48 +104,18 @@ def proc(file: str, field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def model_case(way: str, tokens: int, recomputed: bool) -> dict[str, float]:
-    """Return the peak bytes of a training step of a 0.5 B model in bf16, without computing it.
-
-    ``state`` of them are there before: weights in bf16, and in fp32 weights, gradients and AdamW's two moments.
-    """
+def model_case(way: str, tokens: int, recomputed: bool, devices: int) -> dict[str, float]:
+    """Return the peak bytes of a training step of a 0.5 B model on the first of ``devices``, without computing it."""
     import torch
+    import torch.distributed as dist
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
+    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+    from torch.testing._internal.distributed.fake_pg import FakeStore
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from mindspeed_mm.distributed.recompute import recompute
+    from mindspeed_mm.configs.fsdp2 import Fsdp2Config
+    from mindspeed_mm.distributed.fsdp2 import apply_fsdp2
     from mindspeed_mm.losses import cross_entropy_sums, head_returns_loss_sums, linear_cross_entropy, mean_token_loss
-
-    class LiveBytes(TorchDispatchMode):
-        """Counts the storage that the operations make, for as long as it lives."""
-
-        now = peak = 0
-
-        def __init__(self) -> None:
-            super().__init__()
-            self._known: set[int] = set()
-
-        def add(self, value: Any) -> None:
-            for tensor in tree_leaves(value):
-                if (
-                    isinstance(tensor, torch.Tensor)
-                    and (key := id(storage := tensor.untyped_storage())) not in self._known
-                ):
-                    self._known.add(key)
-                    self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self._free, key, storage.nbytes())
-
-        def _free(self, key: int, size: int) -> None:
-            self._known.discard(key)
-            self.now -= size
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = func(*args, **(kwargs or {}))
-            self.add(result)
-            return result
 
     config = Qwen2Config(
         hidden_size=HIDDEN,
@@ -154,18 +127,28 @@ def model_case(way: str, tokens: int, recomputed: bool) -> dict[str, float]:
         max_position_embeddings=tokens,
         tie_word_embeddings=True,
     )
-    with FakeTensorMode():
-        model = Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16).train()
-        if recomputed:
-            for layer in model.model.layers:
-                recompute(layer)
-        optimizer = [torch.zeros_like(p, dtype=torch.float32) for p in model.parameters() for _ in range(4)]
+    layers = ["model.layers.{*}"]
+    sharding = Fsdp2Config(
+        sharding_size="auto",
+        sub_modules_to_wrap=layers,
+        recompute_modules=layers if recomputed else None,
+        param_dtype="bf16",
+    )
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=devices)  # type: ignore[no-untyped-call]
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM._from_config(config, dtype=torch.float32).train()
+    apply_fsdp2(model, sharding)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+        for parameter in model.parameters():
+            optimizer.state[parameter] = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
         ids = torch.zeros(1, tokens, dtype=torch.long)
         # Plain causal attention needs no mask; left to itself the model would write out all of it under FakeTensorMode.
         inputs = {"input_ids": ids, "attention_mask": {"full_attention": None}, "use_cache": False}
-        with LiveBytes() as live:
-            live.add([list(model.parameters()), list(model.buffers()), optimizer])
-            state = live.now
+        tracker = FSDPMemTracker(model, optimizer)
+        tracker.track_inputs((ids,))
+        with tracker:
             if way == "whole":
                 sums = cross_entropy_sums(model(**inputs).logits, ids)
             else:
@@ -173,7 +156,8 @@ def model_case(way: str, tokens: int, recomputed: bool) -> dict[str, float]:
                 with head_returns_loss_sums(model.lm_head, ids, chunk_size(tokens), kernel):
                     sums = model(**inputs).logits
             mean_token_loss(sums, torch.tensor([tokens])).backward()
-    return {"bytes": live.peak, "state": state}
+    [peak] = tracker.get_tracker_snapshot("peak").values()
+    return {"bytes": peak["Total"]}
 
 
 def fresh(case: str, **options: Any) -> dict[str, float] | None:
@@ -194,35 +178,42 @@ def compare_heads(sizes: list[int], repeats: int, dtype: str, asked: list[str]) 
     print(f"head and loss, hidden {HIDDEN}, vocabulary {VOCABULARY}, {dtype} on {accelerator.device_type()}")
     print("| tokens | cross entropy | peak, GiB | of whole | time, s | of whole |\n|---|---|---|---|---|---|")
     for tokens in sizes:
-        runs: dict[str, list[dict[str, float] | None]] = {way: [] for way in ways}
+        pieces = dict.fromkeys(ways, 1)
+        runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
         for _ in range(repeats):
-            for way in ways:
-                if None not in runs[way]:
-                    runs[way].append(fresh("head", way=way, tokens=tokens, dtype_name=dtype))
+            for way in list(runs):
+                case = {"way": way, "tokens": tokens, "dtype_name": dtype}
+                found = fresh("head", **case, pieces=pieces[way])
+                while found is None and way == "whole" and pieces[way] < tokens:
+                    pieces[way] *= 2
+                    found = fresh("head", **case, pieces=pieces[way])
+                if found is None:
+                    del runs[way]
+                    print(f"| {tokens} | {way} | does not fit | | | |", flush=True)
+                else:
+                    runs[way].append(found)
         whole = None
-        for way, found in runs.items():
-            done = [run for run in found if run is not None]
-            if len(done) < repeats:
-                print(f"| {tokens} | {way} | does not fit | | | |", flush=True)
-                continue
+        for way, done in runs.items():
             size, seconds = (statistics.median(run[key] for run in done) for key in ("bytes", "seconds"))
             whole = (size, seconds) if way == "whole" else whole
             shares = (f"{size / whole[0]:.0%}", f"{seconds / whole[1]:.2f}") if whole else ("", "")
-            cells = (tokens, way, f"{size / GIB:.2f}", shares[0], f"{seconds:.2f}", shares[1])
+            name = way if pieces[way] == 1 else f"{way}, sum of {pieces[way]} pieces"
+            cells = (tokens, name, f"{size / GIB:.2f}", shares[0], f"{seconds:.2f}", shares[1])
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
-def compare_models(sizes: list[int]) -> None:
-    print(f"training step of a 0.5 B model in bf16, vocabulary {VOCABULARY}; tensors counted, not run")
-    print("| tokens | layers | whole, GiB | chunked, GiB | lower by | without the state |\n|---|---|---|---|---|---|")
-    for tokens in sizes:
-        for recomputed in (False, True):
-            whole, chunked = (fresh("model", way=way, tokens=tokens, recomputed=recomputed) for way in WAYS[:2])
-            layers = "recomputed" if recomputed else "kept"
-            peaks = [found["bytes"] / GIB for found in (whole, chunked)]
-            saved = [1 - (chunked["bytes"] - kept) / (whole["bytes"] - kept) for kept in (0, whole["state"])]
-            cells = (tokens, layers, *(f"{peak:.1f}" for peak in peaks), *(f"{share:.0%}" for share in saved))
-            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+def compare_models(sizes: list[int], devices: list[int]) -> None:
+    print(f"training step of a 0.5 B model in bf16, vocabulary {VOCABULARY}; tensors of one device counted, not run")
+    columns = [f"of {number} device(s): whole, chunked, GiB" for number in devices]
+    print("| tokens | layers | " + " | ".join(columns) + " |")
+    print("|---|---|" + "---|" * len(devices))
+    for tokens, recomputed in product(sizes, (False, True)):
+        cells = [str(tokens), "recomputed" if recomputed else "kept"]
+        for number in devices:
+            case = {"tokens": tokens, "recomputed": recomputed, "devices": number}
+            whole, chunked = (fresh("model", way=way, **case)["bytes"] / GIB for way in WAYS[:2])
+            cells.append(f"{whole:.1f}, {chunked:.1f}: {1 - chunked / whole:.0%} lower")
+        print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def main() -> None:
@@ -233,6 +224,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="of computing the loss of the head")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--model", action="store_true", help="count the memory of a training step of a 0.5 B model")
+    parser.add_argument("--devices", type=int, nargs="+", default=[1, 8], help="that the model is sharded over")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
@@ -245,7 +237,7 @@ def main() -> None:
                 raise
             sys.exit(DOES_NOT_FIT)
     elif options.model:
-        compare_models(options.tokens)
+        compare_models(options.tokens, options.devices)
     else:
         compare_heads(options.tokens, options.repeats, options.dtype, options.ways)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -51,18 +50,13 @@ def boxed_adapter_files(config: Any, boxes: Boxes) -> dict[str, bytes]:
     return _files(config, {name: tensor for name, tensor in found.items() if tensor is not None})
 
 
-def adapter_files(model: nn.Module, instead: Mapping[str, torch.Tensor] | None = None) -> dict[str, bytes]:
+def adapter_files(model: nn.Module) -> dict[str, bytes]:
     """Return the same for a plain model or one that FSDP2 shards.
 
     Every rank calls this.
-
-    Args:
-        model: with adapters.
-        instead: written in place of the adapters of these names.
     """
     tensors: dict[str, torch.Tensor] = {}
-    for (name, *_), own in named_tensors(model, "adapters").items():
-        tensor = (instead or {}).get(name, own)
+    for (name, *_), tensor in named_tensors(model, "adapters").items():
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if rank() == 0:
             tensors[name] = full.cpu().contiguous()

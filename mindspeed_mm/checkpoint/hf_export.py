@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -29,7 +29,6 @@ def export_hf(
     assets_from: str | Path | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    instead: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write a plain or sharded model as a Hugging Face folder; every rank calls this.
 
@@ -41,7 +40,6 @@ def export_hf(
         assets_from: the folder whose tokenizer, processor and generation files are copied.
         dtype: to write the parameters in; None keeps theirs. Buffers keep their own.
         max_shard_bytes: size of a safetensors file above which the next is begun.
-        instead: tensors to write in the place of parameters, by the names of these in ``hf_model``.
 
     Raises:
         UserError: rank 0 could not write, or ``folder`` is ``assets_from``; raised on all ranks.
@@ -51,8 +49,7 @@ def export_hf(
     tensors = {}
     for names, tensor in named_tensors(hf_model).items():
         # The name Transformers keeps of a tied pair is the one that is not declared as a copy.
-        name = next((name for name in names if name not in tied), names[0])
-        tensors[name] = next((instead[n] for n in names if n in instead), tensor) if instead else tensor
+        tensors[next((name for name in names if name not in tied), names[0])] = tensor
 
     def gather(names: list[str]) -> dict[str, torch.Tensor]:
         full = {name: _full(tensors[name]) for name in names}

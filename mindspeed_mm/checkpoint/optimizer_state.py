@@ -20,6 +20,8 @@ from mindspeed_mm.errors import UserError
 PREFIX = "optimizer.state."
 # How this process runs the step, not what it computes: stays as the run at hand chose it.
 IMPLEMENTATION = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
+# A hyperparameter that only this rule has.
+_RULES = {"betas": "AdamW", "dampening": "SGD", "ns_steps": "Muon"}
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
@@ -53,8 +55,14 @@ def check_groups(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> N
     """Check that the optimizer's parameter groups are the saved ones.
 
     Raises:
-        UserError: the groups hold other parameters than the saved ones, which are listed.
+        UserError: they are updated by another rule, or hold other parameters than the saved ones, which are listed.
     """
+    rule, saved_rule = _rule(groups), _rule(saved)
+    if rule != saved_rule:
+        raise UserError(
+            f"optimizer state: it was saved by {saved_rule}, and this run has {rule}. Pass the --optimizer of the run "
+            "that saved it, or start from its weights alone with --finetune or --no-load-optim."
+        )
     ours = [group["params"] for group in groups]
     theirs = [group["params"] for group in saved]
     if [sorted(names) for names in ours] == [sorted(names) for names in theirs]:
@@ -68,6 +76,25 @@ def check_groups(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> N
         f"optimizer state: {detail}\nFreeze and group the parameters as in the run that saved it, or start from its "
         "weights alone with --finetune or --no-load-optim."
     )
+
+
+def _rule(groups: list[dict[str, Any]]) -> str:
+    found = {rule for key, rule in _RULES.items() if any(key in group["hyperparameters"] for group in groups)}
+    return " and ".join(sorted(found)) or "another optimizer"
+
+
+def changed_settings(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[str]:
+    """Return a line for each hyperparameter whose saved value takes the place of this run's.
+
+    Learning rate and weight decay are the schedule's.
+    """
+    lines = [
+        f"optimizer: {key} stays {value} as it was saved; {now}, which the command line says, does not count"
+        for group, record in zip(groups, saved, strict=True)
+        for key, value in record["hyperparameters"].items()
+        if key not in ("lr", "weight_decay") and (now := group["hyperparameters"].get(key, value)) != value
+    ]
+    return list(dict.fromkeys(lines))
 
 
 def allocate_state(model: nn.Module, optimizer: Optimizer, metadata: Metadata) -> dict[str, torch.Tensor]:

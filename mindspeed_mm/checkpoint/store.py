@@ -30,6 +30,7 @@ from mindspeed_mm.checkpoint.coordination import gather, rank, run_together, wor
 from mindspeed_mm.checkpoint.disks import complete
 from mindspeed_mm.checkpoint.integrity import inspect
 from mindspeed_mm.checkpoint.manifest import Manifest, Part, describe, record_file
+from mindspeed_mm.checkpoint.optimizer_state import changed_settings
 from mindspeed_mm.checkpoint.publish import RELEASE, find, find_all, folder_name, publish
 from mindspeed_mm.checkpoint.python_state import encode_python_state, read_python_state, write_flushed
 from mindspeed_mm.checkpoint.run_state import RunState, Selection, run_state
@@ -238,6 +239,7 @@ def load(
             if state["optimizer_groups"] is None:
                 raise UserError(f"{path} was saved without optimizer state; pass --no-load-optim or --finetune")
             run.check_groups(state["optimizer_groups"])
+            notes.extend(changed_settings(run.optimizer_groups(), state["optimizer_groups"]))
             tensors |= run.allocate_optimizer(metadata)
         return state, tensors, problems
 

@@ -102,8 +102,8 @@ class FSDP2Engine:
                 result = self._forward(forward_step, data_iterator)
             if not forward_only:
                 loss = self._to_optimise(result, num_microbatches)
-                if result.num_tokens is not None:
-                    counts.append(result.num_tokens)
+                if self.divides_globally:  # a mean counts as one
+                    counts.append(torch.ones_like(loss) if result.num_tokens is None else result.num_tokens.detach())
                 for listener in self.listeners:
                     listener.loss(loss, result.num_tokens)
                 self._gradient_sets.watch(loss, last=index == num_microbatches - 1)
@@ -113,7 +113,7 @@ class FSDP2Engine:
         if not forward_only:
             self._reduce_replicated()
             self._check_gradients()
-            factor = self._divide_by_all(counts) if self.divides_globally and counts else 1.0
+            factor = self._divide_by_all(counts) if self.divides_globally else 1.0
             for listener in self.listeners:
                 listener.gradients_reduced(factor)
         return reports
@@ -143,16 +143,14 @@ class FSDP2Engine:
                 "loss_func returned a loss without a gradient: it depends on no trainable parameter. "
                 "Return the model's output as it is, not detached, and not computed under torch.no_grad()."
             )
-        parts = num_microbatches * self.world_size  # FSDP sums over the ranks
-        if result.num_tokens is None:
-            if self.per_token_loss:
-                raise UserError(
-                    "--calculate-per-token-loss: loss_func returned a mean. It must return "
-                    "'(loss_sum, num_tokens, report)', which is divided by the tokens of the global batch."
-                )
-        elif self.divides_globally:
+        if result.num_tokens is None and self.per_token_loss:
+            raise UserError(
+                "--calculate-per-token-loss: loss_func returned a mean. It must return "
+                "'(loss_sum, num_tokens, report)', which is divided by the tokens of the global batch."
+            )
+        if self.divides_globally:
             return result.loss  # divided by the global number once that is known
-        return result.mean / parts
+        return result.mean / (num_microbatches * self.world_size)  # FSDP sums over the ranks
 
     def _reduce_after_this(self, last: bool) -> None:
         for root in self.fsdp_roots:
@@ -186,9 +184,9 @@ class FSDP2Engine:
 
     def _divide_by_all(self, counts: list[Tensor]) -> Tensor:
         """Return what the gradients were multiplied with."""
-        total = torch.stack(counts).sum()
+        # One dtype on all ranks: a number may be whole on one and a sum of weights on another.
+        total = torch.stack(counts).sum().to(torch.promote_types(self.parameters[0].dtype, torch.float32))
         dist.all_reduce(total, group=self.group)
-        total = total.to(torch.promote_types(self.parameters[0].dtype, torch.float32))
         factor = 1 / at_least_one(total)
         scale_gradients(self.parameters, factor)
         return factor

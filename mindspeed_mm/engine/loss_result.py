@@ -88,6 +88,8 @@ def read_loss(result: Any, *, per_token_loss: bool) -> LossResult:
                 "(numerator, denominator). Leave it out of the report where there is none."
             )
     if num_tokens is not None:
+        if not _is_number(num_tokens):
+            raise UserError(f"loss_func returned {_found(num_tokens)} as num_tokens: it must be one number. {_FORMS}")
         num_tokens = torch.as_tensor(num_tokens, device=loss.device).reshape(())
     loss = loss.reshape(())
     read = LossResult(loss, num_tokens, report or {})

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mindspeed_mm.losses.cross_entropy import sum_by_sample, token_losses
+from mindspeed_mm.losses.cross_entropy import token_losses
 
 LARGE_LOGITS = 2 * 2**30
 """Bytes of fp32 logits from which on they are the peak of a step; see :func:`logits_bytes`."""
 
-FusedKernel = Callable[[nn.Linear, Tensor, Tensor], Tensor]
-"""``kernel(head, hidden, targets)`` with (N, H) and (N,): the summed cross entropy, a scalar in fp32."""
+Kernel = Callable[..., Tensor]
+"""``kernel(head, hidden, targets)`` with (N, H) and (N,): the summed cross entropy, a scalar in fp32. One that takes
+``divisors`` too, (N,), divides each token's by its own."""
 
 
 def logits_bytes(tokens: int, vocabulary: int) -> int:
@@ -33,7 +34,7 @@ class HeadResult:
     """What the head returned, to be compared with what the model passed on.
 
     Attributes:
-        sums: one for each sample, or (1,) from a kernel, fp32; None unless the head was called with the targets' shape.
+        sums: (1,), fp32; None unless the head was called with the targets' shape.
     """
 
     sums: Tensor | None = None
@@ -44,43 +45,44 @@ def head_returns_loss_sums(
     head: nn.Module,
     targets: Tensor,
     chunk_size: int,
-    kernel: FusedKernel | None = None,
-    cu_seqlens: Tensor | None = None,
+    kernel: Kernel | None = None,
+    divisors: Tensor | None = None,
 ) -> Iterator[HeadResult]:
-    """Make ``head(hidden)`` return the summed cross entropy of each sample instead of the logits.
+    """Make ``head(hidden)`` return the summed cross entropy of all tokens, (1,), instead of the logits.
 
-    The tokens of the micro-batch are cut into chunks, the last of which may be shorter. Each chunk's logits are
-    made, reduced to a loss for each token and dropped; the backward pass makes them again. At any time
-    ``chunk_size * V`` logits exist instead of ``B * S * V``, for one more pass through the head.
+    A kernel computes it where the head is a plain ``nn.Linear``. Otherwise the tokens of the micro-batch are cut into
+    chunks, the last of which may be shorter. Each chunk's logits are made, reduced to a loss for each token and
+    dropped; the backward pass makes them again. At any time ``chunk_size * V`` logits exist instead of ``B * S * V``,
+    for one more pass through the head.
 
-    The head's own forward computes each chunk, so a bias, LoRA or a head that is an FSDP unit of its own work
-    as they are. It has to happen inside the head's call, because only there are its parameters gathered.
+    The head's own forward computes each chunk, so LoRA or a forward that somebody has replaced work as they are. It
+    has to happen inside the head's call, because only there are the parameters of an FSDP unit gathered.
 
     Args:
         head: the output projection, called once with (B, S, H) while this context is open.
         targets: (B, S) from :func:`~mindspeed_mm.losses.cross_entropy.shift_labels`.
         chunk_size: tokens of each chunk.
-        kernel: computes the sum over all samples in one go, where the head is a plain ``nn.Linear``. Its gradient
-            is that of one scalar, so a loss that weighs the samples differently cannot use it.
-        cu_seqlens: of a packed row, see :func:`~mindspeed_mm.losses.cross_entropy.sum_by_sample`.
+        kernel: computes the sum in one go.
+        divisors: (B, S), what the loss of each token is divided by.
     """
     project, replaced = head.forward, "forward" in vars(head)
-    fused = kernel if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and not replaced else None
+    plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and not replaced
     result = HeadResult()
 
     def losses_of_chunk(hidden: Tensor, targets: Tensor) -> Tensor:
         return token_losses(project(hidden), targets)
 
+    def in_chunks(_: nn.Module, hidden: Tensor, targets: Tensor, divisors: Tensor | int = 1) -> Tensor:
+        chunks = zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
+        losses = [checkpoint(losses_of_chunk, h, t, use_reentrant=False) for h, t in chunks]
+        return (torch.cat(losses) / divisors).sum()
+
     def forward(hidden: Tensor) -> Tensor:
         if hidden.shape[:2] != targets.shape:
             return project(hidden)  # the caller sees that there are no sums
-        flat, flat_targets = hidden.flatten(0, 1), targets.flatten()
-        if fused is not None:
-            result.sums = torch.stack([fused(head, flat, flat_targets)])  # FSDP wants no view
-            return result.sums
-        chunks = zip(flat.split(chunk_size), flat_targets.split(chunk_size), strict=True)
-        losses = [checkpoint(losses_of_chunk, h, t, use_reentrant=False) for h, t in chunks]
-        result.sums = sum_by_sample(torch.cat(losses).view(targets.shape), cu_seqlens)
+        options = {} if divisors is None else {"divisors": divisors.flatten()}
+        total = (kernel if kernel and plain else in_chunks)(head, hidden.flatten(0, 1), targets.flatten(), **options)
+        result.sums = torch.stack([total])  # FSDP wants no view
         return result.sums
 
     head.forward = forward

@@ -62,9 +62,19 @@ def sum_by_sample(values: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     if cu_seqlens is None:
         return values.sum(dim=1)
     values = values[0].long() if values.dtype == torch.bool else values[0]
-    positions = torch.arange(len(values), device=values.device, dtype=cu_seqlens.dtype)
-    sample = torch.bucketize(positions, cu_seqlens[1:-1], right=True)
-    return values.new_zeros(len(cu_seqlens) - 1).index_add(0, sample, values)
+    return values.new_zeros(len(cu_seqlens) - 1).index_add(0, _sample_of_each(len(values), cu_seqlens), values)
+
+
+def spread_over_samples(values: Tensor, length: int, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Give each position the value of its sample: (B, S), from what :func:`sum_by_sample` returns; ``length`` is S."""
+    if cu_seqlens is None:
+        return values[:, None].expand(-1, length)
+    return values[_sample_of_each(length, cu_seqlens)][None]
+
+
+def _sample_of_each(length: int, cu_seqlens: Tensor) -> Tensor:
+    positions = torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.bucketize(positions, cu_seqlens[1:-1], right=True)
 
 
 def cross_entropy_sums(logits: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
 from mindspeed_mm import accelerator
@@ -30,8 +32,7 @@ class EMAAdamW(AdamW):
         """Update the weights, then the average."""
         stepping = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         for parameter in stepping:
-            if "ema" not in self.state[parameter]:
-                self._start(parameter)
+            self._start(parameter)
         loss = super().step(closure)
         found_inf = getattr(self, "found_inf", None)
         new = 1 - self.ema_decay
@@ -42,13 +43,34 @@ class EMAAdamW(AdamW):
         return loss
 
     def _start(self, parameter: torch.nn.Parameter) -> None:
-        # AdamW initialises its own state only when it finds none at all, so it is complete before "ema" joins it.
-        self.state[parameter].update(
-            step=torch.zeros((), dtype=torch.float32, device=parameter.device),
-            exp_avg=torch.zeros_like(parameter),
-            exp_avg_sq=torch.zeros_like(parameter),
-            ema=parameter.detach().clone(),
-        )
+        state = self.state[parameter]
+        if not state:  # AdamW initialises its own only where it finds none at all
+            state.update(
+                step=torch.zeros((), dtype=torch.float32, device=parameter.device),
+                exp_avg=torch.zeros_like(parameter),
+                exp_avg_sq=torch.zeros_like(parameter),
+            )
+        if "ema" not in state:  # the state may be that of a run without averages
+            state["ema"] = parameter.detach().clone()
+
+
+@contextmanager
+@torch.no_grad()
+def averaged_weights(optimizer: EMAAdamW) -> Iterator[None]:
+    """Let the weights be their averages inside, on this rank."""
+    pairs = [(local(p), local(state["ema"])) for p, state in optimizer.state.items() if "ema" in state]
+    _exchange(pairs)
+    try:
+        yield
+    finally:
+        _exchange(pairs)
+
+
+def _exchange(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for first, second in pairs:
+        kept = first.clone()
+        first.copy_(second)
+        second.copy_(kept)
 
 
 def build_optimizer(

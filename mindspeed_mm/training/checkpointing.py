@@ -21,12 +21,12 @@ from mindspeed_mm.checkpoint.hf_import import load_hf_weights
 from mindspeed_mm.checkpoint.publish import TRACKER, checkpoints_in, clean_up, is_hf_folder, iteration_of
 from mindspeed_mm.checkpoint.retention import Retention
 from mindspeed_mm.checkpoint.run_state import ModuleState, RunState
-from mindspeed_mm.checkpoint.tensors import clean_name
 from mindspeed_mm.distributed.main_parameters import unwrap
 from mindspeed_mm.distributed.state import print_rank_0, warn_rank_0
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.transformers_model import TransformersModel
 from mindspeed_mm.optimizer.schedule import Schedule
+from mindspeed_mm.optimizer.selection import EMAAdamW, averaged_weights
 from mindspeed_mm.training.saving import Saver
 
 
@@ -171,6 +171,14 @@ class Checkpointer:
             warn_rank_0(warning)
         if not loaded.extra:  # weights only
             return 0, 0
+        averages = [state for state in self.optimizer.state.values() if "ema" in state]
+        if averages and not isinstance(self.optimizer, EMAAdamW):
+            for state in averages:
+                del state["ema"]
+            warn_rank_0(
+                f"{loaded.path} holds averaged weights, which are left behind here; --optimizer-selection "
+                "fused_ema_adamw goes on with them"
+            )
         if not args.no_load_optim and "schedule" in loaded.extra:
             self.schedule.load_state_dict(loaded.extra["schedule"])
         alike = loaded.extra.get("layout", {}) == self.layout
@@ -316,22 +324,20 @@ class Checkpointer:
 
         Of a model with adapters it is a peft folder; averaged weights go to ``<folder>-ema``.
         """
-        model, assets = hf_model(self.model), self._assets()
-        states = {name: self.optimizer.state.get(p, {}) for name, p in model.named_parameters()}
-        averages = {clean_name(name): state["ema"] for name, state in states.items() if "ema" in state}
-        beside = f"{folder.rstrip('/')}-ema"
+        self.write_hf(folder)
+        print_rank_0(f" exported {'the adapters' if self._adapters else 'a Hugging Face folder'} to {folder}")
+        if isinstance(self.optimizer, EMAAdamW):
+            folder = f"{folder.rstrip('/')}-ema"
+            with averaged_weights(self.optimizer):
+                self.write_hf(folder)
+            print_rank_0(f" exported the averaged weights to {folder}")
+
+    def write_hf(self, folder: str) -> None:
+        """Write the weights as they are."""
         if self._adapters:
             write_adapter(self.adapter_files(), folder)
-            print_rank_0(f" exported the adapters to {folder}")
-            if averages:
-                write_adapter(adapter_files(model, averages), beside)
-                print_rank_0(f" exported the averaged adapters to {beside}")
-            return
-        export_hf(model, folder, assets_from=assets)
-        print_rank_0(f" exported a Hugging Face folder to {folder}")
-        if averages:
-            export_hf(model, beside, assets_from=assets, instead=averages)
-            print_rank_0(f" exported the averaged weights to {beside}")
+        else:
+            export_hf(hf_model(self.model), folder, assets_from=self._assets())
 
     def _assets(self) -> str | None:
         """Return the folder with the tokenizer and the processor that an export copies."""

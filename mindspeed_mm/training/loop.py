@@ -16,7 +16,7 @@ from mindspeed_mm.optimizer.schedule import Schedule
 from mindspeed_mm.training.evaluation import evaluate, print_losses
 from mindspeed_mm.training.exits import ExitWatch
 from mindspeed_mm.training.nonfinite import NonFinitePolicy, WatchedStep
-from mindspeed_mm.training.reporting import StepRecord, TrainingLog, merge_reports, report_memory
+from mindspeed_mm.training.reporting import StepRecord, TrainingLog, is_loss, merge_reports, report_memory
 from mindspeed_mm.training.step_feed import StepFeed
 
 
@@ -155,7 +155,8 @@ class Trainer:
             )
         print_losses(where, losses)
         if name == "validation":
-            self.progress.evaluated = (self.progress.iteration, next(iter(losses.values())))
+            loss = next((key for key in losses if is_loss(key)), next(iter(losses)))
+            self.progress.evaluated = (self.progress.iteration, losses[loss])
         self.log.validation(self.progress.iteration, self.progress.consumed_samples, losses)
         if self.generate and name == "validation":
             with phase("generation", patient=True):

@@ -10,7 +10,6 @@ from mindspeed_mm.checkpoint.adapters import ADAPTER_NAME, boxed_adapter_files, 
 from mindspeed_mm.checkpoint.hf_boxes import export_hf_boxes, load_hf_boxes
 from mindspeed_mm.distributed import parallel
 from mindspeed_mm.distributed.main_parameters import unwrap
-from mindspeed_mm.distributed.state import print_rank_0
 from mindspeed_mm.engine.megatron import MegatronEngine
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.megatron.layout import boxes, pieces
@@ -62,18 +61,21 @@ class MegatronCheckpointer(Checkpointer):
         return warnings
 
     def export_hf(self, folder: str) -> None:
-        """Write the trained model as a Hugging Face folder. A collective."""
-        if self._adapters:
+        """Write the trained model, and its averaged weights, as Hugging Face folders. A collective."""
+        try:
             super().export_hf(folder)
+        finally:
+            self.engine.mains.publish()  # the weights themselves, where averages took their place
+
+    def write_hf(self, folder: str) -> None:
+        """Write the values that the optimizer has."""
+        self.engine.mains.publish()  # a forward pass may not have gathered them yet
+        if self._adapters:
+            super().write_hf(folder)
             return
-        self.engine.mains.publish()  # a forward pass may not have gathered it yet
         export_hf_boxes(
-            self._blueprint("--export-hf").model,
-            folder,
-            boxes(*self.engine.module),
-            assets_from=self._assets(),
+            self._blueprint("--export-hf").model, folder, boxes(*self.engine.module), assets_from=self._assets()
         )
-        print_rank_0(f" exported a Hugging Face folder to {folder}")
 
     def check_export(self, folder: str) -> None:
         """See that `export_hf` will be able to write ``folder``. A collective."""

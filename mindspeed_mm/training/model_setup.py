@@ -120,8 +120,8 @@ def _add_adapters(args: Namespace, model: nn.Module) -> bool:
         return False
     if hasattr(model, "blueprint"):
         raise UserError(
-            f"--lora-target-modules: {type(model).__name__} takes no adapters under FSDP2; remove --use-torch-fsdp2, or "
-            "use pretrain_transformers.py."
+            f"--lora-target-modules: {type(model).__name__} takes no adapters under FSDP2; remove --use-torch-fsdp2, "
+            "or use pretrain_transformers.py."
         )
     family = family_of(model.transformer_config) if isinstance(model, TransformersModel) else None
     for line in add_adapters(hf_model(model), settings, family, base_folder(args, model)):

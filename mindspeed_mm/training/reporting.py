@@ -98,6 +98,11 @@ def read_quotients(pairs: Tensor) -> list[Any]:
     return torch.where(denominator == 0, numerator, numerator / denominator).tolist()
 
 
+def is_loss(name: str) -> bool:
+    """Return whether a value of an evaluation is the loss: ``loss``, or ``loss/<data set>``."""
+    return name.partition("/")[0] == "loss"
+
+
 def perplexity(loss: float) -> float:
     """Return e to the power of a loss in nats per token, capped as Megatron's is."""
     return math.nan if math.isnan(loss) else math.exp(min(20, loss))
@@ -198,28 +203,33 @@ class TrainingLog:
         records, self._records = self._records, []
         if not records:
             return
-        keys = agree_on_names(dict.fromkeys(key for record in records for key in record.values))
-        table = read_quotients(torch.stack([_row(record, keys) for record in records]))
+        # Only what a step reported is in its row: a metric that comes every tenth step is not 0 in between.
+        cells = agree_on_names((number, key) for number, record in enumerate(records) for key in record.values)
+        keys = list(dict.fromkeys(key for _, key in cells))
+        reported: list[dict[str, float]] = [{} for _ in records]
+        for (number, key), value in zip(cells, read_quotients(_pairs(records, cells)), strict=True):
+            reported[number][key] = value
+        grad_norms = torch.stack([record.grad_norm for record in records]).tolist()
         norms = _read_norms(records)
         tokens = torch.tensor([r.tokens for r in records], device=accelerator.device())
         dist.all_reduce(tokens, group=loader_group())
         if not self._writes:
             return
         rows = [
-            self._metrics_row(record, dict(zip([*keys, "grad_norm"], numbers, strict=True)), count)
-            for record, numbers, count in zip(records, table, tokens.tolist(), strict=True)
+            self._metrics_row(record, numbers, norm, count)
+            for record, numbers, norm, count in zip(records, reported, grad_norms, tokens.tolist(), strict=True)
         ]
-        for row, values in zip(rows, norms, strict=True):
-            if values:
-                row["local_norm"] = dict(zip(self.parameter_names, values, strict=True))
+        for row, numbers, local_norms in zip(rows, reported, norms, strict=True):
+            if local_norms:
+                row["local_norm"] = dict(zip(self.parameter_names, local_norms, strict=True))
             if self._metrics:
                 self._metrics.write(json.dumps(row) + "\n")
             if row["iteration"] % self.sink_interval == 0:
-                self._sink(_curves(row, keys), row["iteration"], row["consumed_samples"])
+                self._sink(_curves(row, numbers), row["iteration"], row["consumed_samples"])
         if self._metrics:
             self._metrics.flush()
         if print_line:
-            self._print(records, rows, keys)
+            self._print(records, rows, reported, keys)
 
     def roll_back(self, bad: StepRecord, iteration: int, samples: Sequence[tuple[int, int]]) -> None:
         """Write everything down, then drop the rows after ``iteration``, where the run goes on. A collective.
@@ -240,7 +250,7 @@ class TrainingLog:
 
     def validation(self, iteration: int, consumed_samples: int, losses: Mapping[str, float]) -> None:
         """Record validation losses, and the perplexity of those that are called ``loss``."""
-        ppl = {key: perplexity(value) for key, value in losses.items() if key.partition("/")[0] == "loss"}
+        ppl = {key: perplexity(value) for key, value in losses.items() if is_loss(key)}
         if self._metrics:
             row = {f"validation {key}": value for key, value in losses.items()}
             row |= {f"validation {key} PPL": value for key, value in ppl.items()}
@@ -273,10 +283,13 @@ class TrainingLog:
         if self._progress:
             self._progress.stop()
 
-    def _metrics_row(self, record: StepRecord, numbers: Mapping[str, float], tokens: int) -> dict[str, Any]:
+    def _metrics_row(
+        self, record: StepRecord, numbers: Mapping[str, float], grad_norm: float, tokens: int
+    ) -> dict[str, Any]:
         return {
             "iteration": record.iteration,
             **numbers,
+            "grad_norm": grad_norm,
             "learning_rate": record.learning_rate,
             "consumed_samples": record.consumed_samples,
             "samples": self.global_batch_size,
@@ -287,12 +300,19 @@ class TrainingLog:
             "tokens_per_second": tokens / record.seconds,
             "memory_bytes": accelerator.memory_stats()["max_allocated"],
             "skipped": record.skipped,
-            "nan": not all(math.isfinite(value) for key, value in numbers.items() if key != "grad_norm"),
+            "nan": not all(math.isfinite(value) for value in numbers.values()),
         }
 
-    def _print(self, records: list[StepRecord], rows: list[dict[str, Any]], keys: list[str]) -> None:
+    def _print(
+        self,
+        records: list[StepRecord],
+        rows: list[dict[str, Any]],
+        reported: list[dict[str, float]],
+        keys: list[str],
+    ) -> None:
         seconds = sum(r.seconds for r in records) / len(records)
-        kept = [row for row in rows if not row["skipped"]] or rows
+        made = [numbers for record, numbers in zip(records, reported, strict=True) if not record.skipped]
+        found = {key: [n[key] for n in made if key in n] or [n[key] for n in reported if key in n] for key in keys}
         tflops = None
         if self.flops_per_token is not None:
             tokens = sum(row["tokens"] for row in rows) / len(rows)
@@ -304,7 +324,7 @@ class TrainingLog:
             seconds_per_iteration=seconds,
             learning_rate=records[-1].learning_rate,
             global_batch_size=self.global_batch_size,
-            values={key: sum(row[key] for row in kept) / len(kept) for key in keys},
+            values={key: sum(numbers) / len(numbers) for key, numbers in found.items()},
             grad_norm=rows[-1]["grad_norm"],
             skipped=sum(r.skipped for r in records),
             nan=sum(row["nan"] for row in rows),
@@ -321,10 +341,10 @@ class TrainingLog:
             sink.write(values, iteration, samples)
 
 
-def _curves(row: Mapping[str, Any], keys: Sequence[str]) -> dict[str, float]:
+def _curves(row: Mapping[str, Any], numbers: Mapping[str, float]) -> dict[str, float]:
     """Return what the sinks show of a step, under Megatron's names."""
     return {
-        **{key: row[key] for key in keys},
+        **numbers,
         "learning-rate": row["learning_rate"],
         "grad-norm": row["grad_norm"],
         "iteration-time": row["step_time"],
@@ -334,13 +354,11 @@ def _curves(row: Mapping[str, Any], keys: Sequence[str]) -> dict[str, float]:
     }
 
 
-def _row(record: StepRecord, keys: Sequence[str]) -> Tensor:
-    """Return the step's pairs in the order of ``keys`` with the gradient norm last, shape ``(keys + 1, 2)``."""
-    nothing = torch.zeros(2, device=record.grad_norm.device)
-    norm = torch.stack([record.grad_norm, torch.ones_like(record.grad_norm)])
-    pairs = [record.values.get(key, nothing) for key in keys] + [norm]
-    dtype = next(iter(record.values.values())).dtype
-    return torch.stack([pair.to(norm.device, dtype) for pair in pairs])
+def _pairs(records: Sequence[StepRecord], cells: Sequence[tuple[int, str]]) -> Tensor:
+    """Return ``(numerator, denominator)`` of each cell, ``(cells, 2)``; a cell that only other ranks have is zero."""
+    some = next(iter(records[0].values.values()))
+    nothing = torch.zeros_like(some)
+    return torch.stack([records[number].values.get(key, nothing).to(some) for number, key in cells])
 
 
 def _read_norms(records: Sequence[StepRecord]) -> list[list[float]]:

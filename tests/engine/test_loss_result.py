@@ -47,6 +47,8 @@ def test_a_triple_without_the_flag_is_logged_as_the_mean_that_is_optimised(token
         (torch.zeros(3), r"a tensor of shape \(3,\) as the loss"),
         ((2.0, {}), "a float as the loss"),
         ((LOSS, [1]), "a list as the report"),
+        ((LOSS, torch.ones(2), {}), r"a tensor of shape \(2,\) as num_tokens"),
+        ((LOSS, "7", {}), "a str as num_tokens"),
     ],
 )
 def test_anything_else_is_an_error_that_names_the_forms(value: object, message: str) -> None:

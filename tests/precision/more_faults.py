@@ -152,7 +152,7 @@ def clipped_twice() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _optimizer(make: Any) -> Iterator[None]:
+def with_optimizer(make: Any) -> Iterator[None]:
     from mindspeed_mm.training import optimizer_setup
 
     def build(groups: Any, *, lr: float, weight_decay: float, betas: Any, eps: float, **_: Any) -> Any:
@@ -163,15 +163,15 @@ def _optimizer(make: Any) -> Iterator[None]:
 
 
 def l2_decay() -> contextlib.AbstractContextManager[None]:
-    return _optimizer(torch.optim.Adam)
+    return with_optimizer(torch.optim.Adam)
 
 
 def eps_inside() -> contextlib.AbstractContextManager[None]:
-    return _optimizer(lambda groups, **options: AdamLike(groups, inside=True, **options))
+    return with_optimizer(lambda groups, **options: AdamLike(groups, inside=True, **options))
 
 
 def no_bias_correction() -> contextlib.AbstractContextManager[None]:
-    return _optimizer(lambda groups, **options: AdamLike(groups, correct=False, **options))
+    return with_optimizer(lambda groups, **options: AdamLike(groups, correct=False, **options))
 
 
 class AdamLike(torch.optim.Optimizer):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.precision.faults import LAYERS, Fault, flags, layer, wrap_forward
-from tests.precision.more_faults import _optimizer
+from tests.precision.more_faults import with_optimizer
 
 UP = "model.language_model.layers.1.mlp.up_proj.weight"
 
@@ -131,7 +131,7 @@ class Narrow(torch.optim.AdamW):
 
 
 def state_lost() -> contextlib.AbstractContextManager[None]:
-    return _optimizer(lambda groups, **options: Careless(groups, lambda adam: adam.state.clear(), **options))
+    return with_optimizer(lambda groups, **options: Careless(groups, lambda adam: adam.state.clear(), **options))
 
 
 def count_lost() -> contextlib.AbstractContextManager[None]:
@@ -139,19 +139,19 @@ def count_lost() -> contextlib.AbstractContextManager[None]:
         for state in adam.state.values():
             state["step"].zero_()
 
-    return _optimizer(lambda groups, **options: Careless(groups, forget, **options))
+    return with_optimizer(lambda groups, **options: Careless(groups, forget, **options))
 
 
 def one_not_updated() -> contextlib.AbstractContextManager[None]:
-    return _optimizer(lambda groups, **options: Careless(groups, times=0.0, **options))
+    return with_optimizer(lambda groups, **options: Careless(groups, times=0.0, **options))
 
 
 def one_updated_twice() -> contextlib.AbstractContextManager[None]:
-    return _optimizer(lambda groups, **options: Careless(groups, times=2.0, **options))
+    return with_optimizer(lambda groups, **options: Careless(groups, times=2.0, **options))
 
 
 def no_copy_in_fp32() -> contextlib.AbstractContextManager[None]:
-    return _optimizer(lambda groups, **options: Narrow(groups, **options))
+    return with_optimizer(lambda groups, **options: Narrow(groups, **options))
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from mindspeed_mm.precision.comparing.compare import compare
 from mindspeed_mm.precision.records.record import Record
 from mindspeed_mm.precision.selftest.model import Recipe, TinyVLM, train
 from tests.precision.bench import record, save_model
-from tests.precision.more_faults import _optimizer
+from tests.precision.more_faults import with_optimizer
 from tests.ranks import RankPool
 from tests.training.job import Job
 
@@ -26,7 +26,7 @@ Change = Callable[[Job], None]
 
 
 def loop_adamw() -> contextlib.AbstractContextManager[None]:
-    return _optimizer(lambda groups, **options: torch.optim.AdamW(groups, foreach=False, fused=False, **options))
+    return with_optimizer(lambda groups, **options: torch.optim.AdamW(groups, foreach=False, fused=False, **options))
 
 
 def eager(job: Job) -> None:

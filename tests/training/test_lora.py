@@ -119,20 +119,6 @@ def test_what_does_not_fit_is_said(lora_job: Job, ranks1: RankPool, tmp_path: Pa
     assert "language_model" in message.split("LoRA:")[1] and "visual.blocks" not in message.split("LoRA:")[1]
 
 
-def test_averaged_adapters_are_exported_beside_the_others(lora_job: Job, ranks2: RankPool, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
-    flags = {"optimizer_selection": "fused_ema_adamw", "ema_decay": "0.5", "train_iters": 2}
-    run(ranks2, lora_job, save=tmp_path / "run", export_hf=tmp_path / "out", **flags)
-    saved = tensors(tmp_path / "run" / "iter_0000002")
-    for folder, key in (("out", "model.{}"), ("out-ema", "optimizer.state.{}.ema")):
-        found = load_file(tmp_path / folder / "adapter_model.safetensors")
-        assert len(found) == 12 and (tmp_path / folder / "adapter_config.json").is_file()
-        for name, value in found.items():
-            own = name.removeprefix("base_model.model.").replace(".weight", ".default.weight")
-            assert torch.equal(value, saved[key.format(f"model.{own}")]), name
-
-
 @pytest.fixture
 def own_job(job: Job) -> Job:
     """A model of the user's own, which no folder has the weights of."""
@@ -165,3 +151,21 @@ def test_weights_that_cannot_be_read_again_are_saved(own_job: Job, ranks2: RankP
     assert_same_run(resumed, straight)
     saved = tensors(straight / "iter_0000010")
     assert "model.text_decoder.decoder.layers.0.mlp.0.weight" in saved
+
+
+@pytest.mark.ranks
+def test_averaged_adapters_are_exported_too(lora_job: Job, hf_folder: Path, ranks2: RankPool, tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    lora_job.flags |= {"optimizer-selection": "fused_ema_adamw", "ema-decay": 0.5, "train-iters": 2}
+    lora_job.yaml["offload_to_cpu"] = True
+    text = run(ranks2, lora_job, save=tmp_path / "ckpt", export_hf=tmp_path / "out", export_hf_interval=1)
+    assert text.count("exported the averaged weights to") == 3, text
+    saved = tensors(tmp_path / "ckpt/iter_0000002")
+    for folder, key in (("out", "model.model.{}"), ("out-ema", "optimizer.state.model.{}.ema")):
+        base = AutoModelForImageTextToText.from_pretrained(hf_folder)
+        model = peft.PeftModel.from_pretrained(base, str(tmp_path / folder)).base_model.model
+        found = {name: value for name, value in model.state_dict().items() if ".lora_" in name}
+        assert len(found) == 12
+        for name, value in found.items():
+            assert torch.equal(value, saved[key.format(name)]), name

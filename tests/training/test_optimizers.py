@@ -16,6 +16,7 @@ from tests.training.job import Job, copy_with_dropout, run_here
 from tests.training.script import Net, arguments, datasets, train
 from tests.training.test_host_syncs import reads_per_step
 from tests.training.test_resume import losses, tensors
+from tests.training.test_saving import capture
 
 EMA = ("--optimizer-selection", "fused_ema_adamw", "--ema-decay", "0.9")
 needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 has the first Muon")
@@ -48,6 +49,37 @@ def test_the_average_is_that_of_the_saved_weights(ranks2: RankPool, tmp_path: Pa
     for state in saved[1:]:
         average = 0.9 * average + 0.1 * state[f"model.{key}"]
         torch.testing.assert_close(state[f"optimizer.state.{key}.ema"], average, rtol=1e-6, atol=1e-8)
+
+
+def resume(folder: str, *flags: str, steps: int) -> tuple[int, str]:
+    return capture(lambda: train(folder, "--load", folder, *flags, steps=steps))
+
+
+def test_averages_begin_and_end_where_a_run_is_resumed_with_and_without_them(ranks2: RankPool, tmp_path: Path) -> None:
+    straight, changed = tmp_path / "straight", tmp_path / "changed"
+    straight.mkdir(), changed.mkdir()
+    ranks2.run(train, str(straight), steps=6)
+    ranks2.run(train, str(changed), steps=2)
+    ranks2.run(resume, str(changed), *EMA, "--save-interval", "1", steps=4)
+    assert "holds averaged weights, which are left behind" in ranks2.run(resume, str(changed), steps=6)[0][1]
+    assert losses(changed) == losses(straight), "Adam's moments go on"
+
+    key, saved = "layers.0.weight", {i: tensors(changed / f"iter_000000{i}") for i in (2, 3, 4, 6)}
+    average = saved[2][f"model.{key}"]
+    for step in (3, 4):
+        average = 0.9 * average + 0.1 * saved[step][f"model.{key}"]
+        torch.testing.assert_close(saved[step][f"optimizer.state.{key}.ema"], average, rtol=1e-6, atol=1e-8)
+    assert saved[6].keys() == saved[2].keys()
+
+
+def test_a_run_is_not_resumed_by_another_rule_and_says_which_settings_stay(ranks1: RankPool, tmp_path: Path) -> None:
+    ranks1.run(train, str(tmp_path), steps=1)
+    ((code, text),) = ranks1.run(resume, str(tmp_path), "--optimizer", "sgd", steps=2)
+    assert code == 1 and "it was saved by AdamW, and this run has SGD. Pass the --optimizer of the run" in text
+    ((code, text),) = ranks1.run(resume, str(tmp_path), "--adam-beta2", "0.95", steps=2)
+    assert code == 0 and text.count("betas stays (0.9, 0.999) as it was saved; (0.9, 0.95), which") == 1
+    ((code, text),) = ranks1.run(resume, str(tmp_path), steps=3)
+    assert code == 0 and "as it was saved" not in text
 
 
 def test_averaged_weights_are_exported_and_converted(job: Job, ranks2: RankPool, tmp_path: Path) -> None:

@@ -121,6 +121,43 @@ def test_ranks_that_report_different_names_are_not_mixed_up(
     assert {key: row[key] for key in ("loss", "text", "image") if key in row} == expected
 
 
+def log_now_and_then(folder: str) -> str:
+    """Log three steps, of which the second reports an accuracy on one rank, and a name that rows have too."""
+    import torch.distributed as dist
+
+    from mindspeed_mm.distributed import state
+    from tests.training.test_saving import capture
+
+    state.initialize(None, state.RankInfo.from_environment(), backend="gloo", timeout=None)
+    log = TrainingLog(
+        train_iters=3,
+        log_interval=3,
+        global_batch_size=8,
+        metrics_path=Path(folder) / "metrics.jsonl",
+        start_iteration=0,
+        sinks=[],
+        sink_interval=1,
+        flops_per_token=None,
+    )
+    for i in range(1, 4):
+        report = {"loss": 1.0 * i, "tokens": (5.0, 2)}
+        if i == 2 and dist.get_rank() == 1:
+            report["accuracy"] = 0.5
+        log.add(StepRecord(i, 8 * i, 1e-3, merge_reports([report]), torch.tensor(float(i)), 0.5, 0.1, 100))
+    _, text = capture(log.write)
+    log.close()
+    return text
+
+
+def test_a_step_that_does_not_report_a_value_has_none(ranks2: RankPool, tmp_path: Path) -> None:
+    text = ranks2.run(log_now_and_then, str(tmp_path))[1]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row.get("accuracy") for row in rows] == [None, 0.5, None]
+    assert [(row["loss"], row["grad_norm"]) for row in rows] == [(1.0, 1.0), (2.0, 2.0), (3.0, 3.0)]
+    assert "| loss: 2.000000E+00 | tokens: 2.500000E+00 | accuracy: 5.000000E-01 | loss scale" in text
+    assert [row["tokens"] for row in rows] == [200] * 3, "rows have the framework's"
+
+
 def write_log(folder: str) -> None:
     from mindspeed_mm.distributed import state
 

@@ -171,6 +171,41 @@ def test_evaluation_saving_beside_and_export(vlm: Job, ranks2: RankPool, tmp_pat
     assert not [n for n, value in exported.items() if not torch.equal(value, saved[f"model.model.{n}"])]
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {**TP, "export_hf_interval": 2},
+        pytest.param({"use_distributed_optimizer": True, "overlap_param_gather": True, "overlap_grad_reduce": True,
+                      "export_hf_interval": 2}, marks=pytest.mark.slow),
+    ],
+    ids=["tp", "sharded"],
+)  # fmt: skip
+def test_averaged_weights_are_exported_and_change_nothing(
+    vlm: Job, ranks2: RankPool, tmp_path: Path, flags: dict[str, Any]
+) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    vlm.flags |= {"train-iters": 4, "optimizer-selection": "fused_ema_adamw", "ema-decay": 0.5}
+    train(ranks2, vlm, save=tmp_path / "averages", export_hf=tmp_path / "out", **flags)
+    train(ranks2, vlm, save=tmp_path / "alone", **{**flags, "export_hf_interval": None})
+    assert losses(tmp_path / "averages") == losses(tmp_path / "alone")
+    saved = tensors(tmp_path / "averages" / "iter_0000004")
+    for folder, key in (("out", "model.model.{}"), ("out-ema", "optimizer.state.model.{}.ema")):
+        exported = AutoModelForImageTextToText.from_pretrained(tmp_path / folder).state_dict()
+        assert not [n for n, value in exported.items() if not torch.equal(value, saved[key.format(n)])], folder
+
+
+def test_a_batch_without_labels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import runpy
+
+    from mindspeed_mm.errors import UserError
+
+    monkeypatch.setattr("mindspeed_mm.training.get_args", lambda: None)
+    loss_func = runpy.run_path(str(ROOT / "pretrain_vlm.py"))["loss_func"]
+    with pytest.raises(UserError, match="the batch has no 'labels'"):
+        loss_func({"loss": None, "logits": torch.ones(1, 2, 3)})
+
+
 def validation(folder: Path) -> dict[int, float]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {row["iteration"]: row["validation loss"] for row in rows if "validation loss" in row}

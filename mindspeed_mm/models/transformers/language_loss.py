@@ -20,6 +20,7 @@ from mindspeed_mm.losses import (
     linear_cross_entropy,
     logits_bytes,
     shift_labels,
+    spread_over_samples,
     sum_by_sample,
 )
 from mindspeed_mm.models.common.lookup import lookup
@@ -47,9 +48,9 @@ class LanguageModelLoss:
         self._chunk_size = int(lookup(config, "loss_cfg.chunk_size", 1024))
         self._aux_coefficient = float(lookup(config, "loss_cfg.router_aux_loss_coef", 0.0))
         self._fused = accelerator.fused_linear_cross_entropy()
-        # Of one sum the gradient is known in the forward pass; a mean over samples needs that of each.
-        one_sum = self._fused or partial(linear_cross_entropy, chunk_size=self._chunk_size)
-        self._kernel = None if self._type == "per_sample_loss" else one_sum
+        if self._type == "per_sample_loss":  # a library's kernel divides no token by a number of its own
+            self._fused = None
+        self._kernel = self._fused or partial(linear_cross_entropy, chunk_size=self._chunk_size)
         self._obstacle: str | None = None
         self._vocabulary = 0
         self._told = False
@@ -85,8 +86,8 @@ class LanguageModelLoss:
         targets = shift_labels(labels)
         mask = targets != IGNORE
         counts = sum_by_sample(mask, cu_seqlens)
-        outputs, sums = self._run(model, inputs, targets, cu_seqlens)
-        result = {"loss": REDUCTIONS[self._type](sums, counts), "loss_mask": mask}
+        outputs, loss = self._run(model, inputs, targets, counts, cu_seqlens)
+        result = {"loss": loss, "loss_mask": mask}
         if self._type == "per_token_loss":
             result["token_nums"] = counts.sum()
         if self._type == "per_sample_loss":
@@ -96,18 +97,23 @@ class LanguageModelLoss:
         return result
 
     def _run(
-        self, model: Any, inputs: dict[str, Any], targets: Tensor, cu_seqlens: Tensor | None
+        self, model: Any, inputs: dict[str, Any], targets: Tensor, counts: Tensor, cu_seqlens: Tensor | None
     ) -> tuple[Any, Tensor]:
-        """Return the model's outputs and the summed cross entropy of each sample, or of all, (1,)."""
+        """Return the model's outputs and the reduced cross entropy."""
+        reduce = REDUCTIONS[self._type]
         if not self._in_chunks(model, targets):
             outputs = model(**inputs, use_cache=False)
-            return outputs, cross_entropy_sums(outputs.logits, targets, cu_seqlens)
+            return outputs, reduce(cross_entropy_sums(outputs.logits, targets, cu_seqlens), counts)
+        divisors = None
+        if self._type == "per_sample_loss":
+            divisors = spread_over_samples(counts.clamp(min=1), targets.shape[1], cu_seqlens)
         lm_head = model.get_output_embeddings()
-        with head_returns_loss_sums(lm_head, targets, self._chunk_size, self._kernel, cu_seqlens) as head:
+        with head_returns_loss_sums(lm_head, targets, self._chunk_size, self._kernel, divisors) as head:
             outputs = model(**inputs, use_cache=False)
         if outputs.logits is not head.sums:
             raise UserError(_cannot_chunk(f"{type(model).__name__} or output_dtype of the fsdp2 yaml changes it"))
-        return outputs, outputs.logits
+        sums: Tensor = outputs.logits
+        return outputs, reduce(sums, counts) if divisors is None else sums.sum() / len(counts)
 
     def _in_chunks(self, model: Any, targets: Tensor) -> bool:
         if self._mode != "auto":
@@ -117,7 +123,7 @@ class LanguageModelLoss:
             return False
         if not self._told:
             self._told = True
-            how = "by a fused kernel" if self._fused and self._kernel else f"{self._chunk_size} tokens at a time"
+            how = "by a fused kernel" if self._fused else f"{self._chunk_size} tokens at a time"
             print_rank_0(
                 f"loss: the logits of a micro-batch, {targets.numel()} tokens x {self._vocabulary} words, would take "
                 f"{size / 2**30:.1f} GiB in fp32. "
@@ -185,7 +191,8 @@ def _what_needs_logits(model: Any) -> str | None:
             outputs = model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=weight.device), use_cache=False)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             return f"what {name} does with it cannot be told ({type(error).__name__}: {error})"
-    return None if outputs.logits is logits else f"{name} changes it"
+    unchanged = outputs.logits is logits and logits._version == 0  # nor in place
+    return None if unchanged else f"{name} changes it"
 
 
 class _replaced:

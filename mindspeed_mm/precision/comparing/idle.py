@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Collection
 from functools import partial
 
-from mindspeed_mm.precision.comparing.pairing import Pair, is_around
+from mindspeed_mm.precision.comparing.pairing import UNCLIPPED, Pair, is_around
 from mindspeed_mm.precision.records.record import Key
 
 # So many times what is noticed of its effect a difference has to be, or it may be too small to have one.
@@ -72,7 +72,7 @@ def _limits(pair: Pair) -> dict[str, float]:
             found[key.site] = max(found.get(key.site, 0.0), row.tolerance)
         if pair.bad(key):
             (off if key.what.startswith("output.") else given).add(key.site)
-    gradients = [key for phase in ("grad_local", "grad_reduced") for key in pair.keys(phase)]
+    gradients = [key for phase in UNCLIPPED for key in pair.keys(phase)]
     trained = {owner for key in gradients if (owner := key.site.rpartition(".")[0]) in given and pair.bad(key)}
     off |= {site for site in found for owner in trained if site == owner or is_around(site, owner)}
     return {site: limit for site, limit in found.items() if site not in off}

@@ -17,7 +17,8 @@ NEIGHBOURS = 0.1
 _PHASE_SCALE = 1e-3
 _NORM_OF_DISTANCE = 0.2
 _COUNTED = 1e-6  # relative, of integers: they are added up in float32
-_GRADIENTS = ("grad_local", "grad_reduced", "grad_clipped")
+UNCLIPPED = ("grad_local", "grad_reduced")
+_GRADIENTS = (*UNCLIPPED, "grad_clipped")
 
 
 class Pair:
@@ -119,15 +120,14 @@ class Pair:
         """Whether parameters that both train have another gradient in the candidate, or none."""
         if any(key.what == "update" for key in [*self.missing("optimizer"), *self.extra("optimizer")]):
             return False
-        phases = ("grad_local", "grad_reduced")
-        return any(self.missing(phase) or any(map(self.bad, self.keys(phase))) for phase in phases)
+        return any(self.missing(phase) or any(map(self.bad, self.keys(phase))) for phase in UNCLIPPED)
 
     @cached_property
     def gradients_stop(self) -> bool:
         """Whether parameters that both train have no gradient in the candidate, or nothing but zeros."""
         if not self.gradients_apart:
             return False
-        found = [key for phase in ("grad_local", "grad_reduced") for key in self.reference.of_phase(phase)]
+        found = [key for phase in UNCLIPPED for key in self.reference.of_phase(phase)]
         theirs = self.candidate.entries
         return any(self.reference.entries[k].norm > 0 and (k not in theirs or theirs[k].norm == 0) for k in found)
 
