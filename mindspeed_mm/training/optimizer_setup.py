@@ -23,11 +23,14 @@ def parameter_groups(
     args: Namespace, named_parameters: Iterable[tuple[str, nn.Parameter]], muon: Sequence[nn.Parameter] = ()
 ) -> list[ParameterGroup]:
     """Return the groups of the trainable parameters, and print them on rank 0; ``muon`` are those for Muon."""
-    if args.lr_mult == 1 and (idle := [word for word in args.lr_scale_modules if "=" not in word]):
+    bare = [word for word in args.lr_scale_modules if "=" not in word]
+    if bare and args.lr_mult == 1:
         state.warn_rank_0(
-            f"--lr-scale-modules {' '.join(idle)}: no effect, they are scaled by --lr-mult, which is 1; add it, or "
-            f"write {idle[0]}=0.1"
+            f"--lr-scale-modules {' '.join(bare)}: no effect, they are scaled by --lr-mult, which is 1; add it, or "
+            f"write {bare[0]}=0.1"
         )
+    if args.lr_scale_modules and not bare and args.lr_mult != 1:
+        state.warn_rank_0(f"--lr-mult {args.lr_mult}: no effect, every keyword of --lr-scale-modules has its own scale")
     groups = build_param_groups(
         named_parameters,
         weight_decay_exclude=args.weight_decay_exclude_modules,

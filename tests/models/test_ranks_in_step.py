@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -18,6 +19,8 @@ from mindspeed_mm.distributed.reduction import sum_gradients
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.models.common.modelzoo import ModelHub
 from mindspeed_mm.models.transformers.base_model import FSDP2Mixin, WeightInitMixin
+from mindspeed_mm.models.transformers.blank_image import add_nothing
+from mindspeed_mm.models.transformers.families import family_of
 from mindspeed_mm.models.transformers_model import TransformersModel
 from tests.models.tiny import VISION_FAMILIES, save_tiny, tiny_batch
 from tests.ranks import RankPool
@@ -63,7 +66,7 @@ def gradients_in_one_process(family: str, config: dict[str, Any]) -> list[dict[s
     return collected
 
 
-@pytest.mark.parametrize("family", VISION_FAMILIES)
+@pytest.mark.parametrize("family", (*VISION_FAMILIES, "gemma3"))
 @pytest.mark.parametrize("image_encoder", [None, FROZEN_TOWER], ids=["all-trained", "frozen-tower"])
 def test_gradients_equal_one_process(
     ranks2: RankPool, tmp_path: Path, family: str, image_encoder: dict[str, Any] | None
@@ -79,6 +82,30 @@ def test_gradients_equal_one_process(
                 torch.testing.assert_close(
                     gradient, b.get(name, torch.zeros_like(gradient)), rtol=1e-6, atol=1e-9, msg=f"{step} {name}"
                 )
+
+
+_TEXT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
+_EYES = {"image_size": 16, "patch_size": 4, **{key: value for key, value in _TEXT.items() if key != "head_dim"}}
+
+
+@pytest.mark.parametrize(
+    ("family", "text", "more"),
+    [
+        ("PaliGemma", "gemma", {"projection_dim": 16}),
+        ("AyaVision", "cohere2", {"downsample_factor": 2}),
+        ("Cohere2Vision", "cohere2", {"downsample_factor": 2}),
+    ],
+)
+def test_families_of_one_shape_look_at_the_same_blank_picture(family: str, text: str, more: dict[str, int]) -> None:
+    eyes = {"model_type": "siglip_vision_model", "vision_use_head": False, **_EYES, **more}
+    mind = {"model_type": text, "vocab_size": 32, "num_key_value_heads": 2, **_TEXT}
+    config = getattr(transformers, f"{family}Config")(text_config=mind, vision_config=eyes, **more)
+    model = getattr(transformers, f"{family}ForConditionalGeneration")._from_config(config, dtype=torch.float32)
+    known = family_of(model.config)
+    features = model.get_submodule(known.backbone).get_image_features(**known.dummy_image(model.config))
+    add_nothing(torch.zeros(1, 1, 1), features).sum().backward()
+    reached = {known.component_of(name) for name, p in model.named_parameters() if p.grad is not None}
+    assert reached == {"vision_encoder", "vision_projector"}
 
 
 @pytest.mark.parametrize("loss_type", ["default", "per_token_loss"])

@@ -116,6 +116,24 @@ def _llava(tie: bool) -> Any:
     )
 
 
+def _gemma3(tie: bool) -> Any:
+    return transformers.Gemma3Config(
+        text_config=dict(_TEXT, head_dim=8, sliding_window=8, tie_word_embeddings=tie),
+        vision_config=dict(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=16,
+            patch_size=4,
+            vision_use_head=False,
+        ),
+        image_token_index=IMAGE_TOKEN,
+        mm_tokens_per_image=4,
+        tie_word_embeddings=tie,
+    )
+
+
 def _glm4v(tie: bool) -> Any:
     return transformers.Glm4vConfig(
         text_config=dict(_TEXT, rope_parameters=_rope(partial_rotary_factor=1.0), tie_word_embeddings=tie),
@@ -160,6 +178,7 @@ _CONFIGS = {
     "qwen2_audio": (_qwen2_audio, "Qwen2AudioForConditionalGeneration"),
     "qwen3": (_qwen3, "Qwen3ForCausalLM"),
     "llava": (_llava, "LlavaForConditionalGeneration"),
+    "gemma3": (_gemma3, "Gemma3ForConditionalGeneration"),
 }
 
 
@@ -189,18 +208,21 @@ def save_tiny(family: str, folder: Path | str, tie: bool = False, seed: int = 0,
     return Path(folder)
 
 
+_WHOLE_PICTURES = ("internvl", "llava", "gemma3")  # others take patches
+
+
 def tiny_batch(
     family: str, images: list[int], length: int = 14, seed: int = 0, videos: list[int] | None = None
 ) -> dict[str, Tensor]:
     """Return a training batch.
 
     Args:
-        family: one of ``FAMILIES``, or ``llava``; a text family takes no images.
+        family: one of ``FAMILIES``, ``llava`` or ``gemma3``; a text family takes no images.
         images: number of images of each sample. Each image is 4 placeholder tokens.
         length: tokens of each sample.
         seed: of the random tokens and pixels.
         videos: number of videos of each sample, of 4 placeholder tokens each; not for InternVL, whose videos are
-            images to the model, nor for LLaVA.
+            images to the model, nor for LLaVA and Gemma.
 
     Returns:
         ``input_ids``, ``attention_mask`` and ``labels`` (B, S), and if there are images ``pixel_values`` and what
@@ -224,13 +246,15 @@ def tiny_batch(
         "labels": input_ids.masked_fill(ignored, -100),
     }
     types = (input_ids == IMAGE_TOKEN).int() + 2 * (input_ids == VIDEO_TOKEN).int()
-    if family in ("internvl", "llava") and sum(images):
+    if family == "gemma3":
+        batch["token_type_ids"] = types
+    if family in _WHOLE_PICTURES and sum(images):
         batch["pixel_values"] = torch.randn(sum(images), 3, 16, 16, generator=generator)
     for number, pixels, grid in (
         (sum(images), "pixel_values", "image_grid_thw"),
         (sum(videos), "pixel_values_videos", "video_grid_thw"),
     ):
-        if number and family not in ("internvl", "llava"):
+        if number and family not in _WHOLE_PICTURES:
             batch[pixels] = torch.randn(number * 16, 3 * 2 * 4 * 4, generator=generator)
             batch[grid] = torch.tensor([[1, 4, 4]]).repeat(number, 1)
             batch["mm_token_type_ids"] = types

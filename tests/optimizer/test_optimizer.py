@@ -84,6 +84,7 @@ def test_a_scale_of_one_is_said_to_have_no_effect(capsys: pytest.CaptureFixture[
 
     assert "--lr-scale-modules 0. 2.: no effect" in said("--lr-scale-modules", "0.", "1.bias=2", "2.")
     assert said("--lr-scale-modules", "0.", "--lr-mult", "2") == said("--lr-scale-modules", "0.=1") == ""
+    assert "--lr-mult 2.0: no effect" in said("--lr-scale-modules", "0.=3", "--lr-mult", "2")
 
 
 @pytest.mark.parametrize("word", ["visual=", "visual=fast", "visual=-1", "visual=nan", "=0.1"])

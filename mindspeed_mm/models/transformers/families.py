@@ -97,6 +97,10 @@ FAMILIES: dict[str, Family] = {
     "glm4v_moe": _QWEN_OR_GLM,
     "internvl": _TOWER_AND_PROJECTOR,
     "llava": _TOWER_AND_PROJECTOR,
+    "gemma3": _TOWER_AND_PROJECTOR,
+    "paligemma": _TOWER_AND_PROJECTOR,
+    "aya_vision": _TOWER_AND_PROJECTOR,
+    "cohere2_vision": _TOWER_AND_PROJECTOR,
     "qwen2_audio": Family(
         components={
             "audio_encoder": ("model.audio_tower", "model.multi_modal_projector"),
