@@ -102,6 +102,7 @@ def test_nothing_is_fetched_twice_after_a_resume() -> None:
     assert len(resumed.loader.dataset.fetched) == 4  # the third batch of 3 and the last one of 1
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("persistent", [False, True])
 def test_resume_with_worker_processes(persistent: bool) -> None:
     def make() -> CyclicIterator:

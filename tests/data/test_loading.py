@@ -125,7 +125,7 @@ def test_validation_set_and_split(dataset_param, tmp_path):
     assert numbers[0] == numbers[1] != numbers[2] and sorted(numbers[0]) == list(range(1, 9))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.ranks)])
 def test_position_is_restored_exactly_across_epochs(workers, dataset_param):
     dataset = build_mm_dataset(dataset_param())
 
@@ -262,7 +262,7 @@ def test_a_mixture_of_files(dataset_param, tmp_path):
         build_mm_dataset(param)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.ranks)])
 def test_a_stream_of_files(workers, dataset_param, tmp_path):
     more = write_jsonl(tmp_path / "more.jsonl", [TEXT_ROW] * 3)
     param = dataset_param(streaming=True)

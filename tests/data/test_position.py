@@ -219,7 +219,7 @@ class FewRows(Rows):
 PACKS = [[0, 2], [1, 3], [4, 8], [5, 6, 7], [9], [10]]  # by hand: best fit decreasing, ten tokens to a pack
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.ranks)])
 def test_packs_of_a_stream_are_those_made_by_hand(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mindspeed_mm.data.row_windows.WINDOW", 4)
     monkeypatch.setattr("mindspeed_mm.data.planning._PACKS", 1)

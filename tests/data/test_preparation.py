@@ -57,6 +57,7 @@ def check(prepared: Prepared, numbers: Numbers) -> None:
     assert prepared.bad == {index: f"row {index}: spoilt" for index in numbers.bad}
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("processes", [1, 2])
 def test_every_sample_is_measured_once_and_then_read(processes: int, tmp_path: Path) -> None:
     numbers = Numbers(300, tmp_path / "log", bad=(0, 200))

@@ -85,7 +85,7 @@ def test_a_bad_sample_survives_the_way_from_a_worker():
     assert (str(one), one.file, one.row, one.reason) == ("a.jsonl:4: reason 4", "a.jsonl", 4, "reason 4")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.ranks)])
 def test_what_is_fetched_ahead_is_listed_when_its_batch_is_taken(workers, dataset_param, tmp_path):
     digits = save_digits(tmp_path)
     param = dataset_param(digits)

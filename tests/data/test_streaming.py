@@ -208,7 +208,7 @@ def test_packs_of_a_stream_are_full_and_only_a_window_is_held(capacity: int) -> 
     assert most < 2 * max(1000, 100 * capacity / lengths.mean())
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.ranks)])
 def test_bad_rows_keep_their_place_in_a_packed_stream(
     workers: int, dataset_param: Callable[..., dict[str, Any]], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
