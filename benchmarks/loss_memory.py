@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="of computing the loss of the head")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--model", action="store_true", help="count the memory of a training step of a 0.5 B model")
-    parser.add_argument("--devices", type=int, nargs="+", default=[1, 8], help="that the model is sharded over")
+    parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 8], help="that the model is sharded over")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
