@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import torch
 
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.reporting import StepRecord, TrainingLog, format_log_line, merge_reports, read_quotients
-from mindspeed_mm.training.sinks import TensorBoardSink, WandbSink, open_sinks
+from mindspeed_mm.training.sinks import Sink, TensorBoardSink, WandbSink, open_sinks
 from tests.ranks import RankPool
 
 NOW = datetime(2025, 12, 8, 10, 0, 0)
@@ -83,23 +84,28 @@ def test_quotients_over_ranks(ranks2: RankPool) -> None:
     assert ranks2.run(quotients_of_rank) == [[2.0, 3.0, 0.0]] * 2
 
 
-def log_what_differs(folder: str, names: tuple[tuple[str, ...], ...]) -> None:
-    import torch.distributed as dist
-
+def join_and_open(folder: str, *, train_iters: int, log_interval: int, sinks: Sequence[Sink] = ()) -> TrainingLog:
+    """Join the other ranks and open the log of a run."""
     from mindspeed_mm.distributed import state
 
     state.initialize(None, state.RankInfo.from_environment(), backend="gloo", timeout=None)
-    rank = dist.get_rank()
-    log = TrainingLog(
-        train_iters=1,
-        log_interval=1,
+    return TrainingLog(
+        train_iters=train_iters,
+        log_interval=log_interval,
         global_batch_size=8,
         metrics_path=Path(folder) / "metrics.jsonl",
         start_iteration=0,
-        sinks=[],
+        sinks=list(sinks),
         sink_interval=1,
         flops_per_token=None,
     )
+
+
+def log_what_differs(folder: str, names: tuple[tuple[str, ...], ...]) -> None:
+    import torch.distributed as dist
+
+    log = join_and_open(folder, train_iters=1, log_interval=1)
+    rank = dist.get_rank()
     values = merge_reports([{name: torch.tensor(float(len(name) + rank)) for name in names[rank]}])
     log.add(StepRecord(1, 8, 1e-3, values, torch.tensor(2.0), 0.5, 0.1, 100, False))
     log.write()
@@ -125,20 +131,9 @@ def log_now_and_then(folder: str) -> str:
     """Log three steps, of which the second reports an accuracy on one rank, and a name that rows have too."""
     import torch.distributed as dist
 
-    from mindspeed_mm.distributed import state
     from tests.training.test_saving import capture
 
-    state.initialize(None, state.RankInfo.from_environment(), backend="gloo", timeout=None)
-    log = TrainingLog(
-        train_iters=3,
-        log_interval=3,
-        global_batch_size=8,
-        metrics_path=Path(folder) / "metrics.jsonl",
-        start_iteration=0,
-        sinks=[],
-        sink_interval=1,
-        flops_per_token=None,
-    )
+    log = join_and_open(folder, train_iters=3, log_interval=3)
     for i in range(1, 4):
         report = {"loss": 1.0 * i, "tokens": (5.0, 2)}
         if i == 2 and dist.get_rank() == 1:
@@ -159,19 +154,8 @@ def test_a_step_that_does_not_report_a_value_has_none(ranks2: RankPool, tmp_path
 
 
 def write_log(folder: str) -> None:
-    from mindspeed_mm.distributed import state
-
-    state.initialize(None, state.RankInfo.from_environment(), backend="gloo", timeout=None)
-    log = TrainingLog(
-        train_iters=4,
-        log_interval=2,
-        global_batch_size=8,
-        metrics_path=Path(folder) / "metrics.jsonl",
-        start_iteration=0,
-        sinks=open_sinks(Namespace(tensorboard_dir=f"{folder}/tensorboard", wandb_project=None)),
-        sink_interval=1,
-        flops_per_token=None,
-    )
+    sinks = open_sinks(Namespace(tensorboard_dir=f"{folder}/tensorboard", wandb_project=None))
+    log = join_and_open(folder, train_iters=4, log_interval=2, sinks=sinks)
     for i in range(1, 4):
         values = merge_reports([{"loss": torch.tensor(1 / 3, dtype=torch.float64)}])
         log.add(StepRecord(i, 8 * i, 1e-3, values, torch.tensor(2.0), 0.5, 0.1, 100, False))
