@@ -6,7 +6,6 @@ import json
 import math
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ import torch
 
 from mindspeed_mm.errors import UserError
 from mindspeed_mm.training.reporting import StepRecord, TrainingLog, format_log_line, merge_reports, read_quotients
-from mindspeed_mm.training.sinks import Sink, TensorBoardSink, WandbSink, open_sinks
+from mindspeed_mm.training.sinks import TensorBoardSink, WandbSink, open_sinks
 from tests.ranks import RankPool
 
 NOW = datetime(2025, 12, 8, 10, 0, 0)
@@ -84,7 +83,7 @@ def test_quotients_over_ranks(ranks2: RankPool) -> None:
     assert ranks2.run(quotients_of_rank) == [[2.0, 3.0, 0.0]] * 2
 
 
-def join_and_open(folder: str, *, train_iters: int, log_interval: int, sinks: Sequence[Sink] = ()) -> TrainingLog:
+def join_and_open(folder: str, *, train_iters: int, log_interval: int, tensorboard: str | None = None) -> TrainingLog:
     """Join the other ranks and open the log of a run."""
     from mindspeed_mm.distributed import state
 
@@ -95,7 +94,7 @@ def join_and_open(folder: str, *, train_iters: int, log_interval: int, sinks: Se
         global_batch_size=8,
         metrics_path=Path(folder) / "metrics.jsonl",
         start_iteration=0,
-        sinks=list(sinks),
+        sinks=open_sinks(Namespace(tensorboard_dir=tensorboard, wandb_project=None)),
         sink_interval=1,
         flops_per_token=None,
     )
@@ -154,8 +153,7 @@ def test_a_step_that_does_not_report_a_value_has_none(ranks2: RankPool, tmp_path
 
 
 def write_log(folder: str) -> None:
-    sinks = open_sinks(Namespace(tensorboard_dir=f"{folder}/tensorboard", wandb_project=None))
-    log = join_and_open(folder, train_iters=4, log_interval=2, sinks=sinks)
+    log = join_and_open(folder, train_iters=4, log_interval=2, tensorboard=f"{folder}/tensorboard")
     for i in range(1, 4):
         values = merge_reports([{"loss": torch.tensor(1 / 3, dtype=torch.float64)}])
         log.add(StepRecord(i, 8 * i, 1e-3, values, torch.tensor(2.0), 0.5, 0.1, 100, False))
